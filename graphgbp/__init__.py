@@ -1,0 +1,1 @@
+from graphgbp.convert import vjp

@@ -1,0 +1,168 @@
+"""Reverse-mode differentiation of a reading view: from cotangents of some tensors to cotangents of others.
+
+Three ideas carry it. A node is *active* when it lies on a float path from a wanted tensor to a seeded one; only active
+nodes are visited, and one whose operator has no rule stops everything before a node is made. Active nodes are visited
+in reverse, so when a node's turn comes every cotangent of its outputs has arrived: they *accumulate* by a sum. A rule
+answers in the shape of its output; where inputs broadcast, the engine *unbroadcasts* by summing over the copies.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphgbp.emit import Emitter
+from graphgbp.errors import UnsupportedOperatorError
+from graphgbp.prepare import View, input_names, label
+from graphgbp.registry import NONDIFFERENTIABLE, Entry, Rule, since_version
+
+RuleFor = Callable[[gs.Node], Entry | None]
+Cotangents = dict[str, gs.Tensor]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """An active node that cannot be differentiated, and why."""
+
+    node: gs.Node
+    reason: str
+
+
+def backward(
+    g: Emitter,
+    view: View,
+    seeds: Mapping[str, gs.Tensor],
+    wanted: Sequence[str],
+    rule_for: RuleFor,
+    scope: str,
+) -> Cotangents:
+    """The cotangent of each wanted tensor, given those of the seeded ones; a wanted tensor with no path is left out.
+
+    Raises UnsupportedOperatorError, listing every gap, before any node is made.
+    """
+    nodes = active_nodes(view, wanted, seeds, rule_for)
+    refuse_gaps(gaps(view, nodes, wanted, rule_for), view)
+    varied = varied_tensors(view, wanted, rule_for)
+    arrived: dict[str, list[gs.Tensor]] = {name: [seed] for name, seed in seeds.items()}
+    with g.scope(scope):
+        for node in reversed(nodes):
+            rule = rule_for(node)
+            assert isinstance(rule, Rule)
+            with g.scope(label(node)):
+                for x, dx in _propagate(g, node, rule, arrived, varied):
+                    arrived.setdefault(x.name, []).append(dx)
+        return {name: g.sum(arrived[name]) for name in wanted if name in arrived}
+
+
+def _propagate(
+    g: Emitter, node: gs.Node, rule: Rule, arrived: Mapping[str, list[gs.Tensor]], varied: set[str]
+) -> Iterable[tuple[gs.Tensor, gs.Tensor]]:
+    """(input, its cotangent) for each varied input of a node."""
+    outputs = node.outputs[: rule.outputs]
+    dy = [g.sum(arrived[y.name]) if y.name in arrived else g.zeros_like(y) for y in outputs]
+    positions = range(len(node.inputs)) if rule.wrt is None else rule.wrt
+    inputs = [node.inputs[index] if index < len(node.inputs) else None for index in positions]
+    answers = list(rule.vjp(g, node, *dy))
+    assert len(answers) == len(inputs), f"the rule of {node.op} answers for {len(answers)} of {len(inputs)} inputs"
+    for x, answer in zip(inputs, answers, strict=True):
+        if x is not None and x.name in varied:
+            dx = answer() if callable(answer) else answer
+            yield x, unbroadcast(g, dx, x) if rule.broadcast else g.with_shape(dx, x)
+
+
+def unbroadcast(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
+    """dy summed over the axes along which x was repeated, in x's shape."""
+    if x.shape is None or dy.shape is None or _may_repeat(x.shape, dy.shape):
+        return _unbroadcast_at_run_time(g, dy, x)
+    lead = len(dy.shape) - len(x.shape)
+    padded = (1,) * lead + tuple(x.shape)
+    axes = [axis for axis, (a, b) in enumerate(zip(padded, dy.shape, strict=True)) if axis < lead or (a == 1 and b != 1)]
+    summed = g.reduce_sum(dy, axes)
+    return g.with_shape(g.squeeze(summed, range(lead)) if lead else summed, x)
+
+
+def _may_repeat(shape: Sequence[int | str], result: Sequence[int | str]) -> bool:
+    """Whether an open size may turn out to be 1 where the result's is not."""
+    tail = result[len(result) - len(shape) :]
+    return any(isinstance(a, str) and a != b for a, b in zip(shape, tail, strict=True))
+
+
+def _unbroadcast_at_run_time(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
+    shape = g.op("Shape", x)
+    lead = g.sub(g.op("Size", g.op("Shape", dy)), g.op("Size", shape))
+    ones = g.op("Expand", g.ints([1]), g.reshape(lead, [1]))
+    axes = g.reshape(g.op("NonZero", g.equal(g.concat([ones, shape], 0), g.ints([1]))), [-1])
+    return g.with_shape(g.op("Reshape", g.reduce_sum(dy, axes), shape), x)
+
+
+def varied_tensors(view: View, wanted: Iterable[str], rule_for: RuleFor) -> set[str]:
+    """Float tensors whose value moves with a wanted one."""
+    varied = set(wanted)
+    for node in view.graph.nodes:
+        if not varied.isdisjoint(input_names(node)) and rule_for(node) is not NONDIFFERENTIABLE:
+            varied.update(output.name for output in node.outputs if output.name and is_float(output))
+    return varied
+
+
+def active_nodes(view: View, wanted: Iterable[str], targets: Iterable[str], rule_for: RuleFor) -> list[gs.Node]:
+    """The nodes on a float path from a wanted tensor to a target, in topological order."""
+    wanted = set(wanted)
+    varied = varied_tensors(view, wanted, rule_for)
+    needed, active = set(targets), []
+    for node in reversed(view.graph.nodes):
+        names = input_names(node)
+        if rule_for(node) is NONDIFFERENTIABLE or varied.isdisjoint(names):
+            continue
+        if any(output.name in needed and output.name in varied for output in node.outputs if output.name):
+            active.append(node)
+            needed.update(names & varied)
+    return active[::-1]
+
+
+def gaps(view: View, nodes: Iterable[gs.Node], wanted: Iterable[str], rule_for: RuleFor) -> list[Gap]:
+    """Every active node that no rule covers, or not in this use."""
+    varied = varied_tensors(view, wanted, rule_for)
+    needed = {name for node in nodes for name in input_names(node)}
+    return [Gap(node, reason) for node in nodes if (reason := _gap(node, rule_for(node), varied, needed))]
+
+
+def _gap(node: gs.Node, rule: Entry | None, varied: set[str], needed: set[str]) -> str | None:
+    if not isinstance(rule, Rule):
+        return "it has no derivative rule"
+    if rule.wrt is not None:
+        for index, x in enumerate(node.inputs):
+            if index not in rule.wrt and x.name in varied and is_float(x):
+                return f"no rule gives the gradient to its input {index} ('{x.name}')"
+    for y in node.outputs[rule.outputs :] if rule.outputs is not None else []:
+        if y.name in varied and y.name in needed:
+            return f"no rule takes the gradient of its output '{y.name}'"
+    return rule.refuse(node) if rule.refuse else None
+
+
+def refuse_gaps(found: Sequence[Gap], view: View) -> None:
+    """Raise UnsupportedOperatorError naming every gap, or do nothing where there is none."""
+    if not found:
+        return
+    lines = [
+        f"  {gap.node.op} ({gap.node.domain or 'ai.onnx'} {view.opsets.get(gap.node.domain or '', '?')}"
+        f"{_since(gap.node, view)}) node '{label(gap.node)}': {gap.reason}"
+        for gap in found
+    ]
+    raise UnsupportedOperatorError(
+        f"{len(found)} node{'s' * (len(found) > 1)} between the input and the target cannot be differentiated:\n"
+        + "\n".join(lines)
+        + "\nReplace them before export, or explain from a tensor behind them"
+    )
+
+
+def _since(node: gs.Node, view: View) -> str:
+    version = since_version(node, view.opsets)
+    return "" if version is None else f", since {version}"
+
+
+def is_float(tensor: gs.Tensor) -> bool:
+    """Whether the tensor holds real numbers; one of unknown type may."""
+    if tensor.dtype is None:
+        return True
+    return np.issubdtype(tensor.dtype, np.floating) or np.dtype(tensor.dtype).name.startswith(("bfloat", "float"))

@@ -1,0 +1,77 @@
+"""What a converted file promises: the names and the manifest that the writer and the runtime both know."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCOPE = "graphgbp"
+TARGET = "target"
+TARGET_WEIGHTS = "target_weights"
+TARGET_CLASS = "target_class"
+TARGET_SCORE = "target_score"
+GUARD_NODE = f"{SCOPE}/target/class_out_of_range"
+
+SALIENCY = "saliency"
+GUIDED_BACKPROP = "guided_backprop"
+DECONVNET = "deconvnet"
+GRADCAM = "gradcam"
+GUIDED_GRADCAM = "guided_gradcam"
+GRADCAM_FEATURES = "gradcam_features"
+GRADCAM_GRADIENTS = "gradcam_gradients"
+
+METHODS = (SALIENCY, GUIDED_BACKPROP, DECONVNET, GRADCAM, GUIDED_GRADCAM)
+LAYER_METHODS = (GRADCAM, GUIDED_GRADCAM)
+LAYER_OUTPUTS = (GRADCAM_FEATURES, GRADCAM_GRADIENTS)
+
+MANIFEST_KEY = f"{SCOPE}.manifest"
+MANIFEST_VERSION = 1
+
+PREDICTED = -1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was appended to a model and why; stored as JSON in the model's metadata under `graphgbp.manifest`.
+
+    Every name is a tensor or node of the file itself. `names` maps each role (`target`, `target_class`,
+    `gradcam`, ...) to the public name that carries it, which differs only where the original already used it.
+    """
+
+    kind: str  # "explanation" or "vjp"
+    graphgbp: str
+    source: dict[str, Any]
+    names: dict[str, str]
+    methods: list[str] = field(default_factory=list)
+    input: dict[str, Any] = field(default_factory=dict)
+    score: dict[str, Any] = field(default_factory=dict)
+    target: str = ""
+    target_layer: dict[str, str] | None = None
+    rectifiers: dict[str, Any] = field(default_factory=dict)
+    passed_through: list[dict[str, str]] = field(default_factory=list)
+    surrogates: list[str] = field(default_factory=list)
+    opset: dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    manifest_version: int = MANIFEST_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Raises ValueError where the text is no manifest of this version."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("manifest_version") != MANIFEST_VERSION:
+            raise ValueError(f"it is not a version {MANIFEST_VERSION} manifest")
+        return cls(**data)
+
+
+def public_names(taken: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
+    """A public name for each role, changed only where the original model already uses it."""
+    used = set(taken)
+    names = {}
+    for role in roles:
+        candidates = (role, *(f"{SCOPE}_{role}{suffix}" for suffix in ("", *range(2, len(used) + 3))))
+        names[role] = next(name for name in candidates if name not in used)
+        used.add(names[role])
+    return names

@@ -1,0 +1,37 @@
+"""How a cotangent is stopped where a condition on the primal fails: one place, because the spelling decides the speed.
+
+In float32 the mask is a number, 0 or 1, from HardSigmoid(a x + b) = clip(a x + b, 0, 1): ONNX Runtime's CPU provider
+runs HardSigmoid and Mul inside its blocked layout, where Greater and Where each cost a reorder of the tensor both ways.
+The number is exact because a is a power of two, which scales without rounding. Other types have too little range
+(float16) or other kernels (double): there it is Greater and Where.
+
+A mask is a constant to any further derivative.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphgbp.emit import Emitter
+
+_STEEP = 2.0**126  # the largest power of two whose product with the smallest normal float32 is at least 1
+
+
+def where_positive(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
+    """dy where x > 0, else 0. Only the sign of x counts: a Relu's output serves as well as its input."""
+    if x.dtype == np.float32:
+        return g.mul(dy, g.op("HardSigmoid", x, alpha=_STEEP, beta=0.0))
+    return keep(g, dy, g.greater(x, g.like(x, 0)))
+
+
+def where_below(g: Emitter, dy: gs.Tensor, x: gs.Tensor, bound: float) -> gs.Tensor:
+    """dy where x < bound, else 0, for x that is never negative and a positive bound."""
+    if x.dtype == np.float32:
+        limit = np.float32(bound)
+        step = float(limit - np.nextafter(limit, np.float32(0)))
+        return g.mul(dy, g.op("HardSigmoid", x, alpha=-1 / step, beta=float(limit) / step))
+    return keep(g, dy, g.less(x, g.like(x, bound)))
+
+
+def keep(g: Emitter, dy: gs.Tensor, condition: gs.Tensor) -> gs.Tensor:
+    """dy where the condition holds, else 0."""
+    return g.where(condition, dy, g.like(dy, 0))

@@ -1,0 +1,184 @@
+"""Load, check, fingerprint and save model files; external data; the manifest's place in the file."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+from onnx.external_data_helper import uses_external_data
+
+from graphgbp.contract import MANIFEST_KEY, Manifest
+from graphgbp.errors import AlreadyConvertedError, MissingWeightsError, ModelFileError, OutputError
+
+PathLike = str | os.PathLike[str]
+
+
+def load(path: PathLike) -> onnx.ModelProto:
+    """Read an ONNX file. Weights kept in external files stay there, and must be there.
+
+    Raises ModelFileError where the file is missing, truncated or not ONNX, MissingWeightsError where external
+    data is not found.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelFileError(f"no file '{path}'; check the path") from None
+    except OSError as error:
+        raise ModelFileError(f"cannot read '{path}': {error.strerror}") from None
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError:
+        raise ModelFileError(f"'{path}' is not an ONNX file, or it is truncated; export or copy it again") from None
+    if not model.graph.node or not model.opset_import:
+        raise ModelFileError(f"'{path}' is not an ONNX model: it holds no graph; export it again")
+    _require_external_data(model, path)
+    return model
+
+
+def _require_external_data(model: onnx.ModelProto, path: Path) -> None:
+    missing = [location for location in external_locations(model) if not (path.parent / location).is_file()]
+    if missing:
+        names = ", ".join(f"'{location}'" for location in missing)
+        raise MissingWeightsError(
+            f"'{path}' keeps its weights in {names}, not found beside it; put the file there or export the model again"
+        )
+
+
+def external_locations(model: onnx.ModelProto) -> list[str]:
+    """The files, relative to the model's folder, that hold its weights; in order of first use."""
+    found = {
+        entry.value: None
+        for tensor in _tensors(model.graph)
+        if uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return list(found)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _tensors(inner)
+
+
+def fingerprint(model: onnx.ModelProto, folder: Path | None, content: bytes | None = None) -> dict[str, object]:
+    """sha256 of the model and of each file of external data, as the manifest records them."""
+    if content is None:
+        content = model.SerializeToString(deterministic=True)
+    source: dict[str, object] = {"sha256": hashlib.sha256(content).hexdigest()}
+    external = external_locations(model)
+    if external and folder is not None:
+        source["external_data"] = {location: _sha256(folder / location) for location in external}
+    return source
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(model: onnx.ModelProto) -> Manifest | None:
+    """What graphgbp wrote about this model; None for a plain one."""
+    for entry in model.metadata_props:
+        if entry.key == MANIFEST_KEY:
+            try:
+                return Manifest.from_json(entry.value)
+            except (ValueError, TypeError) as error:
+                raise ModelFileError(f"the manifest in the model cannot be read: {error}") from None
+    return None
+
+
+def refuse_converted(model: onnx.ModelProto, name: str) -> None:
+    manifest = read_manifest(model)
+    if manifest is not None:
+        raise AlreadyConvertedError(
+            f"{name} was already converted by graphgbp {manifest.graphgbp} ({', '.join(manifest.methods) or manifest.kind}); "
+            "convert its source instead"
+        )
+
+
+def verdict(model: onnx.ModelProto) -> str | None:
+    """What ONNX's checker says against a model; None where it says nothing."""
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, EncodeError, ValueError) as error:
+        return str(error).strip()
+    return None
+
+
+def save(model: onnx.ModelProto, path: PathLike, *, weights_from: PathLike | None = None) -> None:
+    """Write a model; the file appears whole or not at all.
+
+    `weights_from` is the folder that holds the model's external data, where it has any: those files are copied
+    beside the new one unless they are there already.
+
+    Raises OutputError where the file cannot be written, MissingWeightsError where its weights would be missing.
+    """
+    path = Path(path)
+    with _writing(path):
+        _bring_weights(model, path, None if weights_from is None else Path(weights_from))
+        _write_whole(path, model.SerializeToString(deterministic=True))
+
+
+def _bring_weights(model: onnx.ModelProto, path: Path, folder: Path | None) -> None:
+    for location in external_locations(model):
+        wanted = path.parent / location
+        if wanted.is_file():
+            continue
+        if folder is None or not (folder / location).is_file():
+            raise MissingWeightsError(
+                f"the model keeps its weights in '{location}', which is not in '{path.parent}'; "
+                "pass weights_from=<folder that holds it>"
+            )
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / location, wanted)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write '{path}': {error.strerror or error}") from None
+
+
+def taken_names(model: onnx.ModelProto) -> set[str]:
+    """Every tensor and node name of the model's main graph."""
+    graph = model.graph
+    names = {value.name for group in (graph.input, graph.output, graph.initializer, graph.value_info) for value in group}
+    for node in graph.node:
+        names.update([node.name, *node.input, *node.output])
+    return names
+
+
+def append_metadata(model: onnx.ModelProto, manifest: Manifest) -> None:
+    model.metadata_props.add(key=MANIFEST_KEY, value=manifest.to_json())
+
+
+def describe(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

@@ -1,0 +1,271 @@
+"""The reading view of a model: what rules, policies and the search for layers look at.
+
+The view is an onnx_graphsurgeon graph of the model in which every tensor has a type and a shape whose sizes are ints
+or symbols, every value that is known before running is a Constant, every attribute that has a default is spelled out,
+and the nodes come in topological order. Only the view is changed; the model's own nodes stay as they are.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import helper, numpy_helper, shape_inference
+
+from graphgbp.emit import elem_type, type_of
+from graphgbp.errors import ModelFileError
+from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
+
+_FOLD_LIMIT = 1024
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+
+
+@dataclass
+class View:
+    """The model as rules read it. `graph.nodes[:]` is in topological order."""
+
+    graph: gs.Graph
+    opsets: dict[str, int]
+    tensors: dict[str, gs.Tensor]
+
+    @property
+    def opset(self) -> int:
+        return self.opsets[""]
+
+
+def prepare(model: onnx.ModelProto) -> View:
+    """Build the reading view of a model at opset 16 or newer; the model itself is not changed."""
+    graph = gs.import_onnx(model)
+    opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
+    graph.nodes[:] = topological_order(graph)
+    view = View(graph, opsets, {})
+    _read_constants(graph)
+    _infer(view, model)
+    view.tensors = {tensor.name: tensor for tensor in _tensors(graph)}
+    for node in graph.nodes:
+        _fill_defaults(node, opsets)
+    return view
+
+
+def topological_order(graph: gs.Graph) -> list[gs.Node]:
+    """The nodes with producers before consumers; nodes that were already in order keep it."""
+    producer = {output.name: index for index, node in enumerate(graph.nodes) for output in node.outputs if output.name}
+    consumers: list[list[int]] = [[] for _ in graph.nodes]
+    waiting = [0] * len(graph.nodes)
+    for index, node in enumerate(graph.nodes):
+        for source in {producer[name] for name in input_names(node) if name in producer}:
+            consumers[source].append(index)
+            waiting[index] += 1
+    if all(source < index for source, targets in enumerate(consumers) for index in targets):
+        return list(graph.nodes)
+    ready, order = deque(index for index, count in enumerate(waiting) if not count), []
+    while ready:
+        index = ready.popleft()
+        order.append(graph.nodes[index])
+        for target in consumers[index]:
+            waiting[target] -= 1
+            if not waiting[target]:
+                ready.append(target)
+    if len(order) < len(waiting):
+        stuck = next(node for node, count in zip(graph.nodes, waiting, strict=True) if count)
+        raise ModelFileError(f"the graph has a cycle through node '{label(stuck)}'; it cannot be run or explained")
+    return order
+
+
+def input_names(node: gs.Node) -> set[str]:
+    """Every outer tensor a node reads, also from inside its subgraphs."""
+    names = {tensor.name for tensor in node.inputs if not tensor.is_empty()}
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            names.update(name for inner in value.nodes for name in input_names(inner))
+            names.update(tensor.name for tensor in value.outputs)
+    return names
+
+
+def label(node: gs.Node) -> str:
+    """A node's name, or its first output's where it has none."""
+    return node.name or next((output.name for output in node.outputs if output.name), node.op)
+
+
+def skeleton(model: onnx.ModelProto, limit: int = _FOLD_LIMIT) -> onnx.ModelProto:
+    """The model with every large weight replaced by an input of its type: small, and of the same shapes."""
+    small = onnx.ModelProto(ir_version=max(model.ir_version, 4), producer_name=model.producer_name)
+    small.opset_import.extend(model.opset_import)
+    small.functions.extend(model.functions)
+    graph = small.graph
+    graph.name = model.graph.name or "graph"
+    graph.node.extend(model.graph.node)
+    graph.output.extend(model.graph.output)
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    graph.input.extend(value for value in model.graph.input if value.name not in initializers)
+    for tensor in model.graph.initializer:
+        if np.prod(tensor.dims) > limit:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            graph.initializer.append(tensor)
+    return small
+
+
+def _read_constants(graph: gs.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "Constant" and node.domain in (None, "", "ai.onnx"):
+            value = _constant_value(node)
+            if value is not None:
+                _fix(node.outputs[0], value)
+
+
+def _constant_value(node: gs.Node) -> np.ndarray | None:
+    if "value" in node.attrs:
+        value = node.attrs["value"]
+        return value.values if isinstance(value, gs.Constant) else np.asarray(value)
+    for key, dtype in (("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64)):
+        if key in node.attrs:
+            return np.asarray(node.attrs[key], dtype)
+    return None
+
+
+def _fix(tensor: gs.Tensor, value: np.ndarray) -> None:
+    """Make a tensor known: every consumer sees a Constant."""
+    tensor.inputs.clear()
+    tensor.to_constant(np.asarray(value))
+
+
+def _infer(view: View, model: onnx.ModelProto) -> None:
+    """Type every tensor in order; fold what depends on constants alone. Declared shapes are believed for inputs only."""
+    known = _whole_graph_types(model)
+    for tensor in view.graph.inputs:
+        if tensor.shape is not None:
+            tensor.shape = tuple(
+                size if isinstance(size, str) and size or isinstance(size, int) and size >= 0 else f"{tensor.name}:{axis}"
+                for axis, size in enumerate(tensor.shape)
+            )
+    for node in view.graph.nodes:
+        outputs = [tensor for tensor in node.outputs if tensor.name and isinstance(tensor, gs.Variable)]
+        if not outputs:
+            continue
+        types = _node_types(node, view.opsets, known)
+        for tensor in outputs:
+            kind = types.get(tensor.name) or known.get(tensor.name)
+            if kind is not None:
+                tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+                tensor.shape = None if kind.shape is None else tuple(kind.shape)
+        _fold(node, view.opsets)
+
+
+def _whole_graph_types(model: onnx.ModelProto) -> dict[str, TensorType]:
+    bare = skeleton(model)
+    for output in bare.graph.output:
+        if output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
+    try:
+        inferred = shape_inference.infer_shapes(bare, data_prop=True)
+    except shape_inference.InferenceError as error:
+        raise ModelFileError(f"ONNX finds the model's shapes inconsistent: {error}; repair the file or its export") from None
+    graph = inferred.graph
+    return {
+        value.name: _with_symbols(value.name, from_proto(value.type))
+        for value in [*graph.value_info, *graph.output]
+        if value.type.HasField("tensor_type") and value.type.tensor_type.elem_type
+    }
+
+
+def _with_symbols(name: str, kind: TensorType) -> TensorType:
+    if kind.shape is None:
+        return kind
+    return TensorType(kind.elem_type, tuple(size if size != "" else f"{name}:{axis}" for axis, size in enumerate(kind.shape)))
+
+
+def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType]) -> dict[str, TensorType]:
+    """Types by inference of the node alone, whose symbols are finer than the whole graph's."""
+    domain = node.domain or ""
+    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
+    has_graph = any(isinstance(value, gs.Graph) for value in node.attrs.values())
+    if has_graph or domain not in opsets or any(tensor.dtype is None for tensor in inputs):
+        return {}
+    types = {tensor.name: type_of(tensor) for tensor in inputs}
+    values = {tensor.name: tensor.values for tensor in inputs if _is_small(tensor)}
+    try:
+        return infer_node(_to_proto(node), opsets[domain], types, values, known)
+    except onnx.defs.SchemaError:
+        return {}
+    except shape_inference.InferenceError as error:
+        raise ModelFileError(
+            f"node '{label(node)}' ({node.op}) does not fit its inputs: {str(error).strip()}; repair the file or its export"
+        ) from None
+
+
+def _to_proto(node: gs.Node) -> onnx.NodeProto:
+    attributes = {
+        key: numpy_helper.from_array(value.values) if isinstance(value, gs.Constant) else value
+        for key, value in node.attrs.items()
+    }
+    attributes = {key: elem_type(value) if isinstance(value, type) else value for key, value in attributes.items()}
+    return helper.make_node(
+        node.op,
+        [tensor.name for tensor in node.inputs],
+        [tensor.name for tensor in node.outputs],
+        domain=node.domain or "",
+        **attributes,
+    )
+
+
+def _is_small(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and int(np.prod(tensor.shape)) <= _FOLD_LIMIT
+
+
+def _fold(node: gs.Node, opsets: dict[str, int]) -> None:
+    """Replace the outputs of a small node whose value is known before running by that value."""
+    if node.domain not in (None, "", "ai.onnx") or node.op in _RANDOM or len(node.outputs) != 1:
+        return
+    (output,) = node.outputs
+    if not is_static(output.shape) or int(np.prod(output.shape)) > _FOLD_LIMIT:
+        return
+    if node.op in ("Shape", "Size") and is_static(node.inputs[0].shape):
+        shape = np.asarray(node.inputs[0].shape, np.int64)
+        whole = node.op == "Shape"
+        _fix(output, shape[node.attrs.get("start", 0) : node.attrs.get("end")] if whole else np.prod(shape, dtype=np.int64))
+    elif node.inputs and all(tensor.is_empty() or _is_small(tensor) for tensor in node.inputs):
+        if not any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+            _fix(output, _evaluate(node, opsets))
+
+
+def _evaluate(node: gs.Node, opsets: dict[str, int]) -> np.ndarray:
+    from onnx.reference import ReferenceEvaluator
+
+    feeds = {tensor.name: tensor.values for tensor in node.inputs if not tensor.is_empty()}
+    graph = helper.make_graph(
+        [_to_proto(node)],
+        "constant",
+        [helper.make_tensor_value_info(name, elem_type(value.dtype), value.shape) for name, value in feeds.items()],
+        [helper.make_tensor_value_info(node.outputs[0].name, elem_type(node.outputs[0].dtype), None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opsets[""])])
+    return np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+
+
+@cache
+def _defaults(domain: str, op: str, opset: int) -> dict[str, Any]:
+    try:
+        schema = onnx.defs.get_schema(op, opset, domain)
+    except onnx.defs.SchemaError:
+        return {}
+    return {
+        name: helper.get_attribute_value(attribute.default_value)
+        for name, attribute in schema.attributes.items()
+        if attribute.default_value.type
+    }
+
+
+def _fill_defaults(node: gs.Node, opsets: dict[str, int]) -> None:
+    for key, value in _defaults(node.domain or "", node.op, opsets.get(node.domain or "", 0)).items():
+        node.attrs.setdefault(key, value.decode() if isinstance(value, bytes) else value)
+
+
+def _tensors(graph: gs.Graph) -> list[gs.Tensor]:
+    found: dict[str, gs.Tensor] = {tensor.name: tensor for tensor in graph.inputs}
+    for node in graph.nodes:
+        found.update((tensor.name, tensor) for tensor in [*node.inputs, *node.outputs] if tensor.name)
+    return list(found.values())

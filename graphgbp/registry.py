@@ -1,0 +1,96 @@
+"""The operator table: which operators have a derivative rule, a zero derivative, or none that was reviewed.
+
+Keyed by (domain, operator, since_version). A node finds its entry through the model's opset and ONNX's own
+schemas, so a newer version of an operator is unknown until somebody has read it: it fails closed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx_graphsurgeon as gs
+
+Cotangent = gs.Tensor | Callable[[], gs.Tensor]
+VJP = Callable[..., Iterable[Cotangent]]
+Refusal = Callable[[gs.Node], str | None]
+Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How cotangents pass an operator.
+
+    vjp(g, node, dy...) gives one cotangent for each input in `wrt`, or a function that makes it when wanted.
+    One dy comes for each of the first `outputs` outputs (None: for every output).
+    `wrt` holds input positions; None means every input (variadic operators).
+    `broadcast` says the inputs broadcast against each other: the engine sums the cotangents back.
+    `refuse(node)` names what about this node is not covered, if anything.
+    """
+
+    vjp: VJP
+    wrt: tuple[int, ...] | None = (0,)
+    outputs: int | None = 1
+    broadcast: bool = False
+    refuse: Refusal | None = None
+
+
+class Nondifferentiable:
+    """The derivative is zero almost everywhere, or the output is no real number."""
+
+
+NONDIFFERENTIABLE = Nondifferentiable()
+Entry = Rule | Nondifferentiable
+_TABLE: dict[Key, Entry] = {}
+
+
+def vjp(
+    op: str,
+    versions: Iterable[int],
+    *,
+    wrt: Iterable[int] | None = (0,),
+    outputs: int | None = 1,
+    broadcast: bool = False,
+    refuse: Refusal | None = None,
+    domain: str = "",
+) -> Callable[[VJP], VJP]:
+    """Register a rule for the listed since_versions of an operator; the rule itself is returned unchanged."""
+
+    def register(function: VJP) -> VJP:
+        positions = None if wrt is None else tuple(wrt)
+        rule = Rule(function, positions, outputs, broadcast, refuse)
+        for version in versions:
+            _add((domain, op, version), rule)
+        return function
+
+    return register
+
+
+def nondifferentiable(op: str, versions: Iterable[int], domain: str = "") -> None:
+    """Declare that no cotangent passes the listed since_versions of an operator."""
+    for version in versions:
+        _add((domain, op, version), NONDIFFERENTIABLE)
+
+
+def _add(key: Key, entry: Entry) -> None:
+    if key in _TABLE:
+        raise ValueError(f"{key[0] or 'ai.onnx'} {key[1]}-{key[2]} is registered twice")
+    _TABLE[key] = entry
+
+
+def since_version(node: gs.Node, opsets: Mapping[str, int]) -> int | None:
+    """The version of the node's operator that the model's opsets mean; None where ONNX defines no such operator."""
+    domain = node.domain or ""
+    try:
+        return onnx.defs.get_schema(node.op, opsets.get(domain, 0), domain).since_version
+    except onnx.defs.SchemaError:
+        return None
+
+
+def lookup(node: gs.Node, opsets: Mapping[str, int]) -> Entry | None:
+    version = since_version(node, opsets)
+    return None if version is None else _TABLE.get((node.domain or "", node.op, version))
+
+
+def table() -> dict[Key, Entry]:
+    """A copy of the whole table."""
+    return dict(_TABLE)

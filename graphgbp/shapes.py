@@ -1,0 +1,130 @@
+"""The type of every tensor a node produces: ONNX's own inference, with a symbol for each size it leaves open.
+
+Two sizes that carry the same symbol are equal at run time, which is what lets a residual sum over a dynamic
+image be differentiated without asking at run time whether it broadcasts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper, shape_inference
+
+Dim = int | str
+Shape = tuple[Dim, ...]
+
+_DATA_LIMIT = 1024
+
+
+class TensorType(NamedTuple):
+    """Element type as an ONNX enum, and the sizes: an int, or a symbol; None where the rank is unknown."""
+
+    elem_type: int
+    shape: Shape | None
+
+
+def is_static(shape: Shape | None) -> bool:
+    return shape is not None and all(isinstance(size, int) for size in shape)
+
+
+def infer_node(
+    node: onnx.NodeProto,
+    opset: int,
+    types: Mapping[str, TensorType],
+    values: Mapping[str, np.ndarray],
+    known: Mapping[str, TensorType] | None = None,
+) -> dict[str, TensorType]:
+    """Types of `node`'s outputs from the types of its inputs and the values of its small constant ones.
+
+    `known` holds what whole-graph inference found; it fills sizes that the node alone leaves open.
+    """
+    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    inputs = [name for name in dict.fromkeys(node.input) if name and name in types]
+    found = shape_inference.infer_node_outputs(
+        schema,
+        node,
+        {name: _to_proto(types[name]) for name in inputs},
+        {name: numpy_helper.from_array(values[name], name) for name in inputs if _is_small(values.get(name))},
+        opset_imports=[helper.make_opsetid(node.domain, opset)],
+    )
+    inferred = {name: from_proto(proto) for name, proto in found.items() if proto.HasField("tensor_type")}
+    return {
+        name: TensorType(kind.elem_type, _named_sizes(node, name, kind, types, known or {}))
+        for name, kind in inferred.items()
+    }
+
+
+def from_proto(proto: onnx.TypeProto) -> TensorType:
+    tensor = proto.tensor_type
+    if not tensor.HasField("shape"):
+        return TensorType(tensor.elem_type, None)
+    return TensorType(tensor.elem_type, tuple(_size(dim) for dim in tensor.shape.dim))
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> Dim:
+    if dim.HasField("dim_value") and dim.dim_value >= 0:
+        return dim.dim_value
+    return dim.dim_param
+
+
+def _to_proto(kind: TensorType) -> onnx.TypeProto:
+    return helper.make_tensor_type_proto(kind.elem_type, kind.shape)
+
+
+def _is_small(value: np.ndarray | None) -> bool:
+    return value is not None and value.size <= _DATA_LIMIT
+
+
+def _named_sizes(
+    node: onnx.NodeProto,
+    name: str,
+    kind: TensorType,
+    types: Mapping[str, TensorType],
+    known: Mapping[str, TensorType],
+) -> Shape | None:
+    """The shape of output `name` with every open size filled: from whole-graph inference, else by a symbol."""
+    hint = known.get(name)
+    hinted = hint.shape if hint and hint.shape is not None else None
+    if kind.shape is None:
+        return None if hinted is None else tuple(size or f"{name}:{axis}" for axis, size in enumerate(hinted))
+    hinted = hinted if hinted is not None and len(hinted) == len(kind.shape) else ("",) * len(kind.shape)
+    symbols = dict(_window_sizes(node, types))
+    return tuple(
+        size or (hint if isinstance(hint, int) else symbols.get(axis) or hint or f"{name}:{axis}")
+        for axis, (size, hint) in enumerate(zip(kind.shape, hinted, strict=True))
+    )
+
+
+def _window_sizes(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Iterator[tuple[int, str]]:
+    """Symbols for the spatial sizes of a convolution or pooling: equal geometry on equal sizes, equal symbol."""
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    shape = types[node.input[0]].shape if node.input and node.input[0] in types else None
+    kernel = attributes.get("kernel_shape") or _kernel_of_weight(node, types)
+    if shape is None or not kernel or node.op_type not in ("Conv", "MaxPool", "AveragePool", "LpPool"):
+        return
+    rank = len(kernel)
+    strides = attributes.get("strides") or [1] * rank
+    dilations = attributes.get("dilations") or [1] * rank
+    pads = attributes.get("pads") or [0] * (2 * rank)
+    same = attributes.get("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER")
+    for axis, size in enumerate(shape[2:]):
+        if isinstance(size, str):
+            span = dilations[axis] * (kernel[axis] - 1) + 1
+            margin = 0 if same else pads[axis] + pads[axis + rank] - span + 1
+            if attributes.get("ceil_mode") and not same:
+                yield axis + 2, f"ceil(({size}{margin - 1:+d})/{strides[axis]}+1;{pads[axis]})"
+            else:
+                yield axis + 2, _strided(size, margin, strides[axis])
+
+
+def _strided(size: str, margin: int, stride: int) -> str:
+    """floor((size + margin - 1) / stride) + 1, spelled the same way for the same value."""
+    if stride == 1:
+        return f"({size}{margin:+d})" if margin else size
+    return f"(({size}{margin - 1:+d})//{stride}+1)"
+
+
+def _kernel_of_weight(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Sequence[Dim] | None:
+    weight = types.get(node.input[1]) if len(node.input) > 1 else None
+    return weight.shape[2:] if weight and is_static(weight.shape) else None

@@ -1,0 +1,115 @@
+"""One check for every rule: the gradient graphgbp appends against torch's autograd in float64.
+
+The torch function is held to the ONNX operator first (equal outputs), so it is a reference for the same function.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import graphgbp
+
+TorchFunction = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+
+def single_op(
+    op: str,
+    inputs: Sequence[np.ndarray | None],
+    *,
+    opset: int,
+    outputs: int = 1,
+    constants: Sequence[int] = (),
+    dynamic: bool = False,
+    ir_version: int = 8,
+    **attributes: Any,
+) -> onnx.ModelProto:
+    """A model of one node. Inputs whose position is in `constants` are initializers; the others are graph inputs."""
+    names = ["" if value is None else f"x{index}" for index, value in enumerate(inputs)]
+    node = helper.make_node(op, names, [f"y{index}" for index in range(outputs)], name="node", **attributes)
+    infos, initializers = [], []
+    for index, value in enumerate(inputs):
+        if value is None:
+            continue
+        if index in constants:
+            initializers.append(numpy_helper.from_array(value, names[index]))
+        else:
+            shape = [f"x{index}_{axis}" for axis in range(value.ndim)] if dynamic else value.shape
+            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+            infos.append(helper.make_tensor_value_info(names[index], kind, shape))
+    results = [helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, None) for index in range(outputs)]
+    graph = helper.make_graph([node], "single", infos, results, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, dict(feeds)), strict=True))
+
+
+def check_rule(
+    op: str,
+    inputs: Sequence[np.ndarray | None],
+    reference: TorchFunction,
+    *,
+    wrt: Sequence[int] = (0,),
+    opset: int = 18,
+    dynamic: bool = False,
+    constants: Sequence[int] | None = None,
+    outputs: int = 1,
+    tolerance: float = 1e-5,
+    **attributes: Any,
+) -> None:
+    """Assert that the vjp of one node equals torch's, for a random cotangent of every output.
+
+    `reference` takes the node's inputs as float64 (or integer) tensors, None for an absent one.
+    Inputs outside `wrt` are constants unless `constants` says which are. The tolerance is relative to the largest
+    entry of the gradient.
+    """
+    rng = np.random.default_rng(0)
+    if constants is None:
+        constants = [index for index in range(len(inputs)) if index not in wrt]
+    model = single_op(
+        op, inputs, opset=opset, outputs=outputs, constants=constants, dynamic=dynamic, **attributes
+    )
+    tensors = [None if value is None else _to_torch(value, index in wrt) for index, value in enumerate(inputs)]
+    results = reference(*tensors)
+    results = results if isinstance(results, tuple) else (results,)
+    cotangents = [rng.standard_normal(tuple(result.shape)).astype(np.float32) for result in results]
+    torch.autograd.backward(results, [torch.from_numpy(dy).to(result.dtype) for dy, result in zip(cotangents, results, strict=True)])
+
+    names = [f"y{index}" for index in range(len(results))]
+    explained = graphgbp.vjp(model, inputs=[f"x{index}" for index in wrt], outputs=names)
+    onnx.checker.check_model(explained)
+    feeds = {f"x{i}": value for i, value in enumerate(inputs) if value is not None and i not in constants}
+    feeds |= {f"{name}_grad": dy for name, dy in zip(names, cotangents, strict=True)}
+    got = run(explained, feeds)
+    for name, result in zip(names, results, strict=True):
+        assert_close(got[name], result.detach().numpy(), tolerance, f"{op} forward {name}: the reference is another function")
+    for index in wrt:
+        assert_close(got[f"x{index}_grad"], tensors[index].grad.numpy(), tolerance, f"{op} gradient to input {index}")
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float, what: str) -> None:
+    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
+    scale = max(np.abs(expected).max(initial=0), 1e-6)
+    error = np.abs(got - expected).max(initial=0) / scale
+    assert error <= tolerance, f"{what}: off by {error:.2e} of its maximum"
+
+
+def _to_torch(value: np.ndarray, wanted: bool) -> torch.Tensor:
+    if not np.issubdtype(value.dtype, np.floating):
+        return torch.from_numpy(value)
+    return torch.from_numpy(value.astype(np.float64)).requires_grad_(wanted)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
