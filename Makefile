@@ -1,0 +1,33 @@
+# make demo    explain a bundled photo with a bundled model
+# make test    run the tests
+# make check   format, lint, types, tests
+# make clean   remove what the others made
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	.venv/bin/graphgbp explain models/efficientnet_lite0.onnx models/coffee.png -o demo/
+
+test: .venv-test/installed
+	.venv-test/bin/pytest -n $(WORKERS)
+
+check: .venv-test/installed
+	.venv-test/bin/ruff format --check
+	.venv-test/bin/ruff check
+	.venv-test/bin/mypy
+	.venv-test/bin/python scripts/model_checksums.py
+	$(MAKE) test
+
+clean:
+	rm -rf .venv .venv-test demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# Each environment is made once, and again when pyproject.toml changes.
+.venv/installed: EXTRAS =
+.venv-test/installed: EXTRAS = [test,check]
+.venv/installed .venv-test/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --disable-pip-version-check -e '.$(EXTRAS)'
+	touch $@
