@@ -1,1 +1,91 @@
-from graphgbp.convert import vjp
+"""Explain exported models: the backward graph of Guided Backpropagation and Grad-CAM, written into the ONNX file.
+
+Names are imported when first used, so that `import graphgbp` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from graphgbp._version import __version__
+from graphgbp.errors import (
+    AlreadyConvertedError,
+    DeviceError,
+    GraphgbpError,
+    ImageError,
+    MissingWeightsError,
+    ModelFileError,
+    OpsetError,
+    OutputError,
+    RequestError,
+    TargetError,
+    UnsupportedError,
+    UnsupportedOperatorError,
+)
+
+if TYPE_CHECKING:
+    from graphgbp.conversion import convert, vjp
+    from graphgbp.explainer import (
+        DeconvNet,
+        Explainer,
+        GradCAM,
+        GuidedBackprop,
+        GuidedGradCAM,
+        Result,
+        Saliency,
+    )
+    from graphgbp.inspection import Inspection, inspect
+    from graphgbp.model_file import save
+    from graphgbp.recipe import Recipe
+
+_HOME = {
+    "convert": "conversion",
+    "vjp": "conversion",
+    "save": "model_file",
+    "inspect": "inspection",
+    "Inspection": "inspection",
+    "Recipe": "recipe",
+    **dict.fromkeys(
+        ("Explainer", "Result", "Saliency", "GuidedBackprop", "DeconvNet", "GradCAM", "GuidedGradCAM"), "explainer"
+    ),
+}
+
+__all__ = [
+    "AlreadyConvertedError",
+    "DeconvNet",
+    "DeviceError",
+    "Explainer",
+    "GradCAM",
+    "GraphgbpError",
+    "GuidedBackprop",
+    "GuidedGradCAM",
+    "ImageError",
+    "Inspection",
+    "MissingWeightsError",
+    "ModelFileError",
+    "OpsetError",
+    "OutputError",
+    "Recipe",
+    "RequestError",
+    "Result",
+    "Saliency",
+    "TargetError",
+    "UnsupportedError",
+    "UnsupportedOperatorError",
+    "__version__",
+    "convert",
+    "inspect",
+    "save",
+    "vjp",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'graphgbp' has no attribute '{name}'")
+    value = getattr(import_module(f"graphgbp.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,14 +7,11 @@ import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
 from graphgbp.emit import Emitter, elem_type
-from graphgbp.prepare import View
 
 _INITIALIZERS_NEED_NO_INPUT = 4  # the IR version from which an initializer need not be a graph input
 
 
-def append(
-    model: onnx.ModelProto, view: View, g: Emitter, inputs: Sequence[gs.Variable], outputs: Sequence[gs.Variable]
-) -> None:
+def append(model: onnx.ModelProto, g: Emitter, inputs: Sequence[gs.Variable], outputs: Sequence[gs.Variable]) -> None:
     """Add new inputs, outputs and the emitted nodes the outputs need to `model`, in place."""
     nodes = _live(g.nodes, outputs)
     read = {tensor.name for node in nodes for tensor in node.inputs}
@@ -48,5 +45,9 @@ def _to_proto(node: gs.Node) -> onnx.NodeProto:
 
 
 def _value_info(tensor: gs.Variable) -> onnx.ValueInfoProto:
-    shape = None if tensor.shape is None else [size if isinstance(size, int) or size.isidentifier() else None for size in tensor.shape]
+    shape = (
+        None
+        if tensor.shape is None
+        else [size if isinstance(size, int) or size.isidentifier() else None for size in tensor.shape]
+    )
     return helper.make_tensor_value_info(tensor.name, elem_type(tensor.dtype), shape)

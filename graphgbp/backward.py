@@ -77,7 +77,9 @@ def unbroadcast(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
         return _unbroadcast_at_run_time(g, dy, x)
     lead = len(dy.shape) - len(x.shape)
     padded = (1,) * lead + tuple(x.shape)
-    axes = [axis for axis, (a, b) in enumerate(zip(padded, dy.shape, strict=True)) if axis < lead or (a == 1 and b != 1)]
+    axes = [
+        axis for axis, (a, b) in enumerate(zip(padded, dy.shape, strict=True)) if axis < lead or (a == 1 and b != 1)
+    ]
     summed = g.reduce_sum(dy, axes)
     return g.with_shape(g.squeeze(summed, range(lead)) if lead else summed, x)
 

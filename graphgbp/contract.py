@@ -1,7 +1,7 @@
 """What a converted file promises: the names and the manifest that the writer and the runtime both know."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -46,8 +46,8 @@ class Manifest:
     input: dict[str, Any] = field(default_factory=dict)
     score: dict[str, Any] = field(default_factory=dict)
     target: str = ""
-    target_layer: dict[str, str] | None = None
-    rectifiers: dict[str, Any] = field(default_factory=dict)
+    target_layer: dict[str, Any] | None = None
+    rectifiers: list[dict[str, str]] = field(default_factory=list)
     passed_through: list[dict[str, str]] = field(default_factory=list)
     surrogates: list[str] = field(default_factory=list)
     opset: dict[str, Any] | None = None
@@ -66,7 +66,7 @@ class Manifest:
         return cls(**data)
 
 
-def public_names(taken: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
+def public_names(taken: Collection[str], roles: Sequence[str]) -> dict[str, str]:
     """A public name for each role, changed only where the original model already uses it."""
     used = set(taken)
     names = {}

@@ -6,7 +6,7 @@ tensor gets its type from ONNX's own inference, so a malformed node fails where 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -16,8 +16,8 @@ from onnx import helper
 from graphgbp.contract import SCOPE
 from graphgbp.shapes import Dim, TensorType, infer_node, is_static
 
-Operand = gs.Tensor | np.ndarray
-Size = int | gs.Tensor  # a size known now, or an int64 tensor of shape [1]
+Operand: TypeAlias = gs.Tensor | np.ndarray
+Size: TypeAlias = int | gs.Tensor  # a size known now, or an int64 tensor of shape [1]
 
 _FOLDED = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Max": np.maximum, "Min": np.minimum}
 
@@ -57,13 +57,23 @@ class Emitter:
         while operands and operands[-1].is_empty():
             operands.pop()
         attributes = {key: value for key, value in attributes.items() if value is not None}
-        key = (op_type, outputs, *(tensor.name for tensor in operands), *sorted((k, repr(v)) for k, v in attributes.items()))
+        key = (
+            op_type,
+            outputs,
+            *(tensor.name for tensor in operands),
+            *sorted((k, repr(v)) for k, v in attributes.items()),
+        )
         if key not in self._made:
             self._made[key] = self._append(op_type, operands, outputs, name, attributes)
         return list(self._made[key])
 
     def _append(
-        self, op_type: str, operands: list[gs.Tensor], outputs: int, name: str | None, attributes: dict[str, Any]
+        self,
+        op_type: str,
+        operands: list[gs.Tensor],
+        outputs: int,
+        name: str | None,
+        attributes: dict[str, Any],
     ) -> list[gs.Variable]:
         name = name or self._unique(f"{self._scope}/{op_type}")
         names = [name if index == 0 else f"{name}:{index}" for index in range(outputs)]
@@ -124,7 +134,7 @@ class Emitter:
     def join(self, sizes: Sequence[Size]) -> gs.Tensor:
         """int64 [n] from sizes known and unknown."""
         if all(isinstance(size, int | np.integer) for size in sizes):
-            return self.ints([int(size) for size in sizes])  # type: ignore[arg-type]
+            return self.ints([int(size) for size in sizes])
         parts: list[gs.Tensor] = []
         known: list[int] = []
         for size in [*sizes, None]:

@@ -3,10 +3,9 @@
 import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
@@ -14,6 +13,7 @@ from onnx.external_data_helper import uses_external_data
 
 from graphgbp.contract import MANIFEST_KEY, Manifest
 from graphgbp.errors import AlreadyConvertedError, MissingWeightsError, ModelFileError, OutputError
+from graphgbp.files import write_whole
 
 PathLike = str | os.PathLike[str]
 
@@ -72,14 +72,14 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(inner)
 
 
-def fingerprint(model: onnx.ModelProto, folder: Path | None, content: bytes | None = None) -> dict[str, object]:
-    """sha256 of the model and of each file of external data, as the manifest records them."""
-    if content is None:
-        content = model.SerializeToString(deterministic=True)
-    source: dict[str, object] = {"sha256": hashlib.sha256(content).hexdigest()}
-    external = external_locations(model)
-    if external and folder is not None:
-        source["external_data"] = {location: _sha256(folder / location) for location in external}
+def fingerprint(model: PathLike | onnx.ModelProto, locations: Sequence[str]) -> dict[str, Any]:
+    """sha256 of a model and of each file of its external data, as the manifest records them."""
+    if isinstance(model, onnx.ModelProto):
+        return {"sha256": hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()}
+    path = Path(model)
+    source: dict[str, Any] = {"sha256": _sha256(path)}
+    if locations:
+        source["external_data"] = {location: _sha256(path.parent / location) for location in locations}
     return source
 
 
@@ -103,8 +103,8 @@ def refuse_converted(model: onnx.ModelProto, name: str) -> None:
     manifest = read_manifest(model)
     if manifest is not None:
         raise AlreadyConvertedError(
-            f"{name} was already converted by graphgbp {manifest.graphgbp} ({', '.join(manifest.methods) or manifest.kind}); "
-            "convert its source instead"
+            f"{name} was already converted by graphgbp {manifest.graphgbp} "
+            f"({', '.join(manifest.methods) or manifest.kind}); convert its source instead"
         )
 
 
@@ -126,9 +126,8 @@ def save(model: onnx.ModelProto, path: PathLike, *, weights_from: PathLike | Non
     Raises OutputError where the file cannot be written, MissingWeightsError where its weights would be missing.
     """
     path = Path(path)
-    with _writing(path):
-        _bring_weights(model, path, None if weights_from is None else Path(weights_from))
-        _write_whole(path, model.SerializeToString(deterministic=True))
+    _bring_weights(model, path, None if weights_from is None else Path(weights_from))
+    write_whole(path, model.SerializeToString(deterministic=True))
 
 
 def _bring_weights(model: onnx.ModelProto, path: Path, folder: Path | None) -> None:
@@ -141,36 +140,20 @@ def _bring_weights(model: onnx.ModelProto, path: Path, folder: Path | None) -> N
                 f"the model keeps its weights in '{location}', which is not in '{path.parent}'; "
                 "pass weights_from=<folder that holds it>"
             )
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / location, wanted)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write '{path}': {error.strerror or error}") from None
+        try:
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / location, wanted)
+        except OSError as error:
+            wanted.unlink(missing_ok=True)
+            raise OutputError(f"cannot write '{wanted}': {error.strerror or error}") from None
 
 
 def taken_names(model: onnx.ModelProto) -> set[str]:
     """Every tensor and node name of the model's main graph."""
     graph = model.graph
-    names = {value.name for group in (graph.input, graph.output, graph.initializer, graph.value_info) for value in group}
+    names = {
+        value.name for group in (graph.input, graph.output, graph.initializer, graph.value_info) for value in group
+    }
     for node in graph.node:
         names.update([node.name, *node.input, *node.output])
     return names

@@ -1,8 +1,8 @@
 """Policies: what a backward pass does at rectifiers. Each lays itself over the rule table; no rule knows of it.
 
-    gradient    dx = dy f'(x)                          the derivative
-    guided      dx = dy f'(x) 1(x > 0) 1(dy > 0)       Springenberg et al. 2014, arXiv 1412.6806
-    deconvnet   dx = dy 1(dy > 0)                      Zeiler & Fergus 2014, arXiv 1311.2901
+gradient    dx = dy f'(x)                          the derivative
+guided      dx = dy f'(x) 1(x > 0) 1(dy > 0)       Springenberg et al. 2014, arXiv 1412.6806
+deconvnet   dx = dy 1(dy > 0)                      Zeiler & Fergus 2014, arXiv 1311.2901
 """
 
 from collections.abc import Callable, Iterable
@@ -27,9 +27,7 @@ def deconvnet(rule_for: RuleFor, rectifiers: Iterable[Rectifier]) -> RuleFor:
     return _overlay(rule_for, rectifiers, _deconvnet)
 
 
-def _overlay(
-    rule_for: RuleFor, rectifiers: Iterable[Rectifier], policy: Callable[[Rule, Rectifier], Rule]
-) -> RuleFor:
+def _overlay(rule_for: RuleFor, rectifiers: Iterable[Rectifier], policy: Callable[[Rule, Rectifier], Rule]) -> RuleFor:
     found = {rectifier.node.outputs[0].name: rectifier for rectifier in rectifiers}
 
     def overlaid(node: gs.Node) -> Entry | None:

@@ -20,7 +20,14 @@ from graphgbp.errors import ModelFileError
 from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
 
 _FOLD_LIMIT = 1024
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_RANDOM = {
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+}
 
 
 @dataclass
@@ -121,25 +128,32 @@ def _constant_value(node: gs.Node) -> np.ndarray | None:
     if "value" in node.attrs:
         value = node.attrs["value"]
         return value.values if isinstance(value, gs.Constant) else np.asarray(value)
-    for key, dtype in (("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64)):
+    for key, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
         if key in node.attrs:
             return np.asarray(node.attrs[key], dtype)
     return None
 
 
-def _fix(tensor: gs.Tensor, value: np.ndarray) -> None:
+def _fix(tensor: gs.Tensor, value: np.ndarray | np.generic) -> None:
     """Make a tensor known: every consumer sees a Constant."""
     tensor.inputs.clear()
     tensor.to_constant(np.asarray(value))
 
 
 def _infer(view: View, model: onnx.ModelProto) -> None:
-    """Type every tensor in order; fold what depends on constants alone. Declared shapes are believed for inputs only."""
+    """Type every tensor in order and fold what depends on constants alone. Only inputs' declared shapes count."""
     known = _whole_graph_types(model)
     for tensor in view.graph.inputs:
         if tensor.shape is not None:
             tensor.shape = tuple(
-                size if isinstance(size, str) and size or isinstance(size, int) and size >= 0 else f"{tensor.name}:{axis}"
+                size
+                if (isinstance(size, str) and size) or (isinstance(size, int) and size >= 0)
+                else f"{tensor.name}:{axis}"
                 for axis, size in enumerate(tensor.shape)
             )
     for node in view.graph.nodes:
@@ -163,7 +177,9 @@ def _whole_graph_types(model: onnx.ModelProto) -> dict[str, TensorType]:
     try:
         inferred = shape_inference.infer_shapes(bare, data_prop=True)
     except shape_inference.InferenceError as error:
-        raise ModelFileError(f"ONNX finds the model's shapes inconsistent: {error}; repair the file or its export") from None
+        raise ModelFileError(
+            f"ONNX finds the model's shapes inconsistent: {error}; repair the file or its export"
+        ) from None
     graph = inferred.graph
     return {
         value.name: _with_symbols(value.name, from_proto(value.type))
@@ -175,15 +191,17 @@ def _whole_graph_types(model: onnx.ModelProto) -> dict[str, TensorType]:
 def _with_symbols(name: str, kind: TensorType) -> TensorType:
     if kind.shape is None:
         return kind
-    return TensorType(kind.elem_type, tuple(size if size != "" else f"{name}:{axis}" for axis, size in enumerate(kind.shape)))
+    return TensorType(
+        kind.elem_type,
+        tuple(size if size != "" else f"{name}:{axis}" for axis, size in enumerate(kind.shape)),
+    )
 
 
 def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType]) -> dict[str, TensorType]:
     """Types by inference of the node alone, whose symbols are finer than the whole graph's."""
     domain = node.domain or ""
     inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
-    has_graph = any(isinstance(value, gs.Graph) for value in node.attrs.values())
-    if has_graph or domain not in opsets or any(tensor.dtype is None for tensor in inputs):
+    if _has_graph(node) or domain not in opsets or any(tensor.dtype is None for tensor in inputs):
         return {}
     types = {tensor.name: type_of(tensor) for tensor in inputs}
     values = {tensor.name: tensor.values for tensor in inputs if _is_small(tensor)}
@@ -193,7 +211,8 @@ def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorTy
         return {}
     except shape_inference.InferenceError as error:
         raise ModelFileError(
-            f"node '{label(node)}' ({node.op}) does not fit its inputs: {str(error).strip()}; repair the file or its export"
+            f"node '{label(node)}' ({node.op}) does not fit its inputs: {str(error).strip()}; "
+            "repair the file or its export"
         ) from None
 
 
@@ -226,10 +245,16 @@ def _fold(node: gs.Node, opsets: dict[str, int]) -> None:
     if node.op in ("Shape", "Size") and is_static(node.inputs[0].shape):
         shape = np.asarray(node.inputs[0].shape, np.int64)
         whole = node.op == "Shape"
-        _fix(output, shape[node.attrs.get("start", 0) : node.attrs.get("end")] if whole else np.prod(shape, dtype=np.int64))
-    elif node.inputs and all(tensor.is_empty() or _is_small(tensor) for tensor in node.inputs):
-        if not any(isinstance(value, gs.Graph) for value in node.attrs.values()):
-            _fix(output, _evaluate(node, opsets))
+        _fix(
+            output,
+            shape[node.attrs.get("start", 0) : node.attrs.get("end")] if whole else np.prod(shape, dtype=np.int64),
+        )
+    elif node.inputs and all(tensor.is_empty() or _is_small(tensor) for tensor in node.inputs) and not _has_graph(node):
+        _fix(output, _evaluate(node, opsets))
+
+
+def _has_graph(node: gs.Node) -> bool:
+    return any(isinstance(value, gs.Graph) for value in node.attrs.values())
 
 
 def _evaluate(node: gs.Node, opsets: dict[str, int]) -> np.ndarray:
@@ -243,7 +268,7 @@ def _evaluate(node: gs.Node, opsets: dict[str, int]) -> np.ndarray:
         [helper.make_tensor_value_info(node.outputs[0].name, elem_type(node.outputs[0].dtype), None)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opsets[""])])
-    return np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+    return np.asarray(next(iter(ReferenceEvaluator(model).run(None, feeds))))
 
 
 @cache

@@ -49,9 +49,7 @@ def find_rectifiers(nodes: Iterable[gs.Node]) -> list[Rectifier]:
 
 def find_smooth(nodes: Iterable[gs.Node]) -> list[Rectifier]:
     """Smooth and leaky activations among nodes, in order: activations with no published guided rule."""
-    return [
-        found for node in nodes if not _recognise(node, _RECTIFIERS) and (found := _recognise(node, _SMOOTH))
-    ]
+    return [found for node in nodes if not _recognise(node, _RECTIFIERS) and (found := _recognise(node, _SMOOTH))]
 
 
 def _recognise(node: gs.Node, finders: dict[str, Finder]) -> Rectifier | None:
@@ -79,7 +77,9 @@ def _is_gate(clip: gs.Node, high: float) -> bool:
     if shift is None or shift.op != "Add" or not any(_near(_scalar(term), high / 2) for term in shift.inputs):
         return False
     shifted = [producer for term in shift.inputs if (producer := _producer(term))]
-    scaled_before = any(node.op in ("Mul", "Div") and any(_scalar(t) is not None for t in node.inputs) for node in shifted)
+    scaled_before = any(
+        node.op in ("Mul", "Div") and any(_scalar(t) is not None for t in node.inputs) for node in shifted
+    )
     scaled_after = any(node.op in ("Mul", "Div") for node in clip.outputs[0].outputs)
     return scaled_before or scaled_after
 
@@ -105,7 +105,12 @@ def _where(node: gs.Node) -> Rectifier | None:
     return Rectifier(node, "Where(x > 0, x, 0)", x, vanishes=False)
 
 
-_MIRRORED = {"Greater": "Less", "GreaterOrEqual": "LessOrEqual", "Less": "Greater", "LessOrEqual": "GreaterOrEqual"}
+_MIRRORED = {
+    "Greater": "Less",
+    "GreaterOrEqual": "LessOrEqual",
+    "Less": "Greater",
+    "LessOrEqual": "GreaterOrEqual",
+}
 
 
 def _leaky_relu(node: gs.Node) -> Rectifier | None:
@@ -126,9 +131,18 @@ def _gated(node: gs.Node) -> Rectifier | None:
     return None
 
 
-_RECTIFIERS: dict[str, Finder] = {"Relu": _relu, "Clip": _clip, "Max": _max, "Where": _where, "LeakyRelu": _leaky_relu}
+_RECTIFIERS: dict[str, Finder] = {
+    "Relu": _relu,
+    "Clip": _clip,
+    "Max": _max,
+    "Where": _where,
+    "LeakyRelu": _leaky_relu,
+}
 _SMOOTH: dict[str, Finder] = {
-    **dict.fromkeys(("LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Swish", "Mish", "HardSwish", "Softplus"), _smooth),
+    **dict.fromkeys(
+        ("LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Swish", "Mish", "HardSwish", "Softplus"),
+        _smooth,
+    ),
     "Mul": _gated,
 }
 

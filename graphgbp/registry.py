@@ -6,14 +6,15 @@ schemas, so a newer version of an operator is unknown until somebody has read it
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import onnx
 import onnx_graphsurgeon as gs
 
-Cotangent = gs.Tensor | Callable[[], gs.Tensor]
-VJP = Callable[..., Iterable[Cotangent]]
-Refusal = Callable[[gs.Node], str | None]
-Key = tuple[str, str, int]
+Cotangent: TypeAlias = gs.Tensor | Callable[[], gs.Tensor]
+VJP: TypeAlias = Callable[..., Iterable[Cotangent]]
+Refusal: TypeAlias = Callable[[gs.Node], str | None]
+Key: TypeAlias = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Nondifferentiable:
 
 
 NONDIFFERENTIABLE = Nondifferentiable()
-Entry = Rule | Nondifferentiable
+Entry: TypeAlias = Rule | Nondifferentiable
 _TABLE: dict[Key, Entry] = {}
 
 

@@ -100,8 +100,8 @@ def _window_sizes(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Iter
     """Symbols for the spatial sizes of a convolution or pooling: equal geometry on equal sizes, equal symbol."""
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     shape = types[node.input[0]].shape if node.input and node.input[0] in types else None
-    kernel = attributes.get("kernel_shape") or _kernel_of_weight(node, types)
-    if shape is None or not kernel or node.op_type not in ("Conv", "MaxPool", "AveragePool", "LpPool"):
+    kernel: Sequence[int] | None = attributes.get("kernel_shape") or _kernel_of_weight(node, types)
+    if shape is None or kernel is None or node.op_type not in ("Conv", "MaxPool", "AveragePool", "LpPool"):
         return
     rank = len(kernel)
     strides = attributes.get("strides") or [1] * rank
@@ -125,6 +125,7 @@ def _strided(size: str, margin: int, stride: int) -> str:
     return f"(({size}{margin - 1:+d})//{stride}+1)"
 
 
-def _kernel_of_weight(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Sequence[Dim] | None:
-    weight = types.get(node.input[1]) if len(node.input) > 1 else None
-    return weight.shape[2:] if weight and is_static(weight.shape) else None
+def _kernel_of_weight(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> list[int] | None:
+    shape = types[node.input[1]].shape if len(node.input) > 1 and node.input[1] in types else None
+    sizes = None if shape is None else [size for size in shape[2:] if isinstance(size, int)]
+    return sizes if sizes and shape is not None and len(sizes) == len(shape) - 2 else None

@@ -1,0 +1,54 @@
+"""The attribution maps, from cotangents.
+
+Grad-CAM         L = relu(sum_k alpha_k A_k), alpha_k the spatial mean of dS/dA_k    Selvaraju et al. 2017, arXiv 1610.02391
+Guided Grad-CAM  guided backpropagation times L, element by element
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphgbp.emit import Emitter
+from graphgbp.errors import RequestError
+from graphgbp.image import Image
+from graphgbp.layers import Layer
+
+# half_pixel with linear is what image libraries call bilinear; asymmetric with floor is torch's "nearest"
+INTERPOLATE_MODES = {
+    "bilinear": {"mode": "linear", "coordinate_transformation_mode": "half_pixel"},
+    "nearest": {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+}
+
+
+def cam(g: Emitter, layer: Layer, gradient: gs.Tensor) -> gs.Tensor:
+    """sum_k alpha_k A_k, float32 [N, 1, h, w]: before ReLU and resize."""
+    features, gradient = (g.cast(tensor, np.float32) for tensor in (layer.tensor, gradient))
+    alpha = g.reduce_mean(gradient, layer.spatial_axes)
+    weighted = g.reduce_sum(g.mul(features, alpha), [layer.channel_axis])
+    rank = len(layer.tensor.shape)
+    return g.transpose(weighted, [0, layer.channel_axis, *(a for a in range(1, rank) if a != layer.channel_axis)])
+
+
+def resize_to(g: Emitter, x: gs.Tensor, image: Image, mode: str) -> gs.Tensor:
+    """A map [N, 1, h, w] in the image's size and layout, one channel."""
+    assert image.layout is not None
+    axes = [image.layout.index(axis) for axis in "HW"]
+    if g.opset >= 18:
+        resized = g.op("Resize", x, None, None, g.sizes(image.tensor, axes), axes=[2, 3], **INTERPOLATE_MODES[mode])
+    else:
+        sizes = g.join([g.size(x, 0), 1, *(g.size(image.tensor, axis) for axis in axes)])
+        resized = g.op("Resize", x, None, None, sizes, **INTERPOLATE_MODES[mode])
+    return g.transpose(resized, ["NCHW".index(axis) for axis in image.layout])
+
+
+def require_image(image: Image, layer: Layer) -> None:
+    """Refuse Grad-CAM where the image's layout is not known or the layer is not two-dimensional."""
+    if image.layout is None:
+        raise RequestError(
+            f"the layout of input '{image.tensor.name}' {list(image.tensor.shape or ())} is ambiguous: Grad-CAM "
+            "needs a photo [N, C, H, W] or [N, H, W, C] with 1, 3 or 4 channels, or a convolution that reads it"
+        )
+    if len(layer.tensor.shape) != 4:
+        raise RequestError(
+            f"layer '{layer.tensor.name}' has shape {list(layer.tensor.shape)}: Grad-CAM needs [N, C, h, w]; "
+            "name another target_layer"
+        )
