@@ -1,6 +1,6 @@
-"""The attribution maps, from cotangents.
+"""The attribution maps, from cotangents (Selvaraju et al. 2017, arXiv 1610.02391).
 
-Grad-CAM         L = relu(sum_k alpha_k A_k), alpha_k the spatial mean of dS/dA_k    Selvaraju et al. 2017, arXiv 1610.02391
+Grad-CAM         L = relu(sum_k alpha_k A_k), alpha_k the spatial mean of dS/dA_k
 Guided Grad-CAM  guided backpropagation times L, element by element
 """
 

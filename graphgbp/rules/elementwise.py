@@ -1,5 +1,7 @@
 """Elementwise arithmetic of several tensors, with broadcasting. The engine sums over the broadcast axes."""
 
+from functools import partial
+
 import onnx_graphsurgeon as gs
 
 from graphgbp.emit import Emitter
@@ -55,7 +57,7 @@ def _extremum(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
     (y,) = node.outputs
     hits = [g.cast(g.equal(x, y), dy.dtype) for x in node.inputs]
     share = g.div(dy, g.sum(hits))
-    return [lambda hit=hit: g.mul(share, hit) for hit in hits]
+    return [partial(g.mul, share, hit) for hit in hits]
 
 
 @vjp("Where", versions=(9, 16), wrt=(1, 2), broadcast=True)
