@@ -1,0 +1,49 @@
+"""Results on disk: a file appears whole or not at all, and none is replaced unasked."""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from graphgbp.errors import OutputError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside its own, then rename it; on any failure nothing is left.
+
+    Raises OutputError where the folder is missing or closed to us, or the disk is full.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise OutputError(f"cannot write '{path}': {error.strerror or error}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def make_folder(folder: Path) -> None:
+    """Raises OutputError where the folder cannot be made or is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder '{folder}': {error.strerror or error}") from None
+
+
+def refuse_existing(paths: Iterable[Path], remedy: str) -> None:
+    """Raises OutputError naming every path that exists already, and the remedy."""
+    existing = [f"'{path}'" for path in paths if path.exists()]
+    if existing:
+        shown = ", ".join(existing[:5]) + (f" and {len(existing) - 5} more" if len(existing) > 5 else "")
+        raise OutputError(f"{shown} already {'exists' if len(existing) == 1 else 'exist'}; {remedy}")
