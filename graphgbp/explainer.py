@@ -1,0 +1,315 @@
+"""Explainer and the one-liners: convert a model where it is still plain, run it on images, hand back the maps."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+from google.protobuf.message import EncodeError
+
+from graphgbp import contract, feeds, model_file
+from graphgbp.contract import Manifest
+from graphgbp.conversion import DEFAULT_METHODS, ModelLike, convert
+from graphgbp.errors import GraphgbpError, MissingWeightsError, ModelFileError, RequestError, UnsupportedError
+from graphgbp.result import Ranked, Result
+from graphgbp.runtime import Answer, Session
+
+__all__ = [
+    "DeconvNet",
+    "Explainer",
+    "GradCAM",
+    "GuidedBackprop",
+    "GuidedGradCAM",
+    "Ranked",
+    "Result",
+    "Saliency",
+]
+
+
+class Explainer:
+    """A model that explains its answers.
+
+    Args:
+        model: an ONNX file or model, plain or converted by `graphgbp.convert`. A plain one is converted in memory.
+        methods: any of `saliency`, `guided_backprop`, `deconvnet`, `gradcam`, `guided_gradcam`; by default
+            `guided_gradcam`, `gradcam` and `guided_backprop`, or all that a converted file holds.
+        device: "auto" (CUDA where it loads, else the CPU; `explainer.device` says which), "cpu", "cuda", "cuda:1".
+        batch_size: how many images are run at once; more are split. A model exported for a fixed batch runs that one.
+        threads: how many CPU threads at most; by default ONNX Runtime decides.
+        tf32: let CUDA round float32 products to TF32, faster and good to about 1e-3.
+        **convert_options: as `graphgbp.convert` takes them (`target_layer`, `score`, ...), for a plain model.
+
+    Raises:
+        ModelFileError, UnsupportedOperatorError, RequestError as `convert` does, and RequestError where a converted
+        file lacks what is asked; DeviceError where the asked device cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: ModelLike,
+        methods: Sequence[str] | None = None,
+        *,
+        device: str = "auto",
+        batch_size: int = 8,
+        threads: int | None = None,
+        tf32: bool = False,
+        **convert_options: Any,
+    ) -> None:
+        self._source = _checked_model(model)
+        self._batch_size = _positive(batch_size)
+        self._run_options: dict[str, Any] = {"threads": threads, "tf32": tf32}
+        methods = (methods,) if isinstance(methods, str) else methods
+        manifest = _manifest_of(model)
+        self._convert_options: dict[str, Any] | None = None
+        if manifest is None:
+            if "target" in convert_options:
+                raise RequestError("Explainer takes its targets in explain(); target= is an option of graphgbp.convert")
+            self._convert_options = {"methods": DEFAULT_METHODS if methods is None else methods, **convert_options}
+            self._session = self._convert(device)
+        else:
+            _refuse_what_it_lacks(manifest, methods, convert_options)
+            self._session = _open_converted(model, device, self._run_options)
+        self._methods = tuple(methods or self._session.manifest.methods)
+        self._weighted = self._session if self._session.weighted else None
+
+    @property
+    def device(self) -> str:
+        """Where the model runs: "cpu" or "cuda:0"."""
+        return self._session.device
+
+    @property
+    def device_note(self) -> str | None:
+        """Why device "auto" did not take CUDA; None where it did or was not asked to choose."""
+        return self._session.device_note
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the converted model says of itself: score, target layer and why, rectifiers, ..."""
+        return self._session.manifest
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """The explained input: its `name`, `shape` (ints, or symbols for open sizes), `dtype`, and `layout`."""
+        return self.manifest.input
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes there are; None where the model leaves it open."""
+        return self.manifest.score["classes"]
+
+    def explain(self, images: Any, targets: Any = None, *, batch_size: int | None = None) -> Result:
+        """Explain one class of each image.
+
+        Args:
+            images: numbers in the shape of the model's input, float32 (float64 is cast), preprocessed as the model
+                was trained: numpy, or anything with `__array__`. One image may come without its batch axis.
+            targets: None for the predicted class of each image; one class for all; classes [N]; one-hot [N, K];
+                or real weights [N, K], for S = sum_k z_k w_k. -1 is the predicted class.
+            batch_size: how many images are run at once, if not as the Explainer was told.
+
+        Raises:
+            ImageError where the images do not fit the input, TargetError where the targets fit neither images nor
+            classes, RequestError where a converted file cannot take weights, GraphgbpError where the run fails.
+        """
+        images = feeds.read_images(images, self.input)
+        targets = feeds.read_targets(targets, len(images), self.manifest.score)
+        size = _batch(self.manifest, self._batch_size if batch_size is None else _positive(batch_size))
+        session = self._session_for(targets)
+        answers = list(self._run(session, images, targets, size))
+        roles = _joined([answer.roles for answer in answers], size)
+        outputs = _joined([answer.outputs for answer in answers], size)
+        single = targets if targets.dtype == np.int64 else np.full(len(images), contract.PREDICTED)
+        return Result(
+            images=images,
+            target_class=roles.pop(contract.TARGET_CLASS, single),
+            target_score=roles.pop(contract.TARGET_SCORE),
+            outputs=outputs,
+            maps=roles,
+            manifest=self.manifest,
+        )
+
+    def _run(self, session: Session, images: np.ndarray, targets: np.ndarray, size: int) -> Iterator[Answer]:
+        """The answer to each batch; a fixed batch is filled with copies of its last image, and they are dropped."""
+        wanted, fixed = _roles(self._methods), _fixed_batch(self.manifest) is not None
+        for start in range(0, len(images), size):
+            part, target = images[start : start + size], targets[start : start + size]
+            missing = size - len(part) if fixed else 0
+            if missing:
+                part, target = (np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for a in (part, target))
+            if session.weighted:
+                score = self.manifest.score
+                weights = feeds.one_hot(target, score) if target.dtype == np.int64 else target
+                target = feeds.fit_weights(weights, score, session.target_shape)
+            answer = session.run(part, target, wanted)
+            yield (
+                Answer(_first(answer.roles, missing, size), _first(answer.outputs, missing, size))
+                if missing
+                else answer
+            )
+
+    def _session_for(self, targets: np.ndarray) -> Session:
+        if targets.dtype == np.int64:
+            return self._session
+        if self._weighted is None:
+            if self._convert_options is None:
+                raise RequestError(
+                    "the converted model takes classes and no weights; give Explainer its source, or convert that "
+                    "with target='weights'"
+                )
+            self._weighted = self._convert(self.device, target="weights")
+            if self._weighted.manifest.source != self.manifest.source:
+                self._weighted = None
+                raise RequestError("the model has changed since this Explainer was made; make a new one")
+        return self._weighted
+
+    def _convert(self, device: str, **options: Any) -> Session:
+        assert self._convert_options is not None
+        converted = convert(self._source, **self._convert_options, **options)
+        return Session(_serialized(converted), weights_folder=_folder(self._source), device=device, **self._run_options)
+
+
+def _checked_model(model: ModelLike) -> ModelLike:
+    if isinstance(model, onnx.ModelProto):
+        missing = model_file.external_locations(model)
+        if missing:
+            raise MissingWeightsError(
+                f"the model keeps its weights in {model_file.describe(missing)}, and nothing says where that is; "
+                "give the path of the model, or read it with onnx.load(path)"
+            )
+    elif not isinstance(model, str | os.PathLike):
+        raise RequestError(f"a model is a path or an onnx.ModelProto, and this is {type(model).__name__}")
+    return model
+
+
+def _manifest_of(model: ModelLike) -> Manifest | None:
+    return model_file.read_manifest(model if isinstance(model, onnx.ModelProto) else model_file.load(model))
+
+
+def _refuse_what_it_lacks(manifest: Manifest, methods: Sequence[str] | None, options: dict[str, Any]) -> None:
+    if options:
+        raise RequestError(
+            f"the model is converted already, so {', '.join(options)} cannot be chosen any more; convert its source"
+        )
+    lacking = [method for method in methods or () if method not in manifest.methods]
+    if lacking and manifest.kind == "explanation":
+        raise RequestError(
+            f"the converted model holds {', '.join(manifest.methods)} and no {', '.join(map(repr, lacking))}; "
+            "convert its source with those methods"
+        )
+
+
+def _open_converted(model: ModelLike, device: str, run_options: dict[str, Any]) -> Session:
+    content = _serialized(model) if isinstance(model, onnx.ModelProto) else model
+    return Session(content, device=device, **run_options)
+
+
+def _serialized(model: onnx.ModelProto) -> bytes:
+    try:
+        return model.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise ModelFileError(
+            f"the model cannot be handed to ONNX Runtime ({error}); one over 2 GB must be saved with external data "
+            "and given by its path"
+        ) from None
+
+
+def _folder(model: ModelLike) -> Path | None:
+    return None if isinstance(model, onnx.ModelProto) else Path(model).parent
+
+
+def _positive(batch_size: int) -> int:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise RequestError(f"batch_size={batch_size!r} is no number of images; give 1 or more")
+    return int(batch_size)
+
+
+def _fixed_batch(manifest: Manifest) -> int | None:
+    size = next(iter(manifest.input["shape"]), None)
+    return size if isinstance(size, int) else None
+
+
+def _batch(manifest: Manifest, asked: int) -> int:
+    """How many images to run at once: as asked, unless the model was exported for a fixed batch or scores one image."""
+    fixed, score = _fixed_batch(manifest), manifest.score
+    scores_each = score["class_axis"] not in (0, None) or score["two_classes_in_one"]
+    if fixed is not None and fixed > 1 and not scores_each:
+        raise UnsupportedError(
+            f"the model gives one score '{score['tensor']}' for a fixed batch of {fixed}; export it with a batch of 1"
+        )
+    return fixed or (asked if scores_each else 1)
+
+
+def _roles(methods: Sequence[str]) -> set[str]:
+    layer = contract.LAYER_OUTPUTS if contract.GRADCAM in methods else ()
+    return {contract.TARGET_CLASS, contract.TARGET_SCORE, *methods, *layer}
+
+
+def _first(arrays: dict[str, np.ndarray], missing: int, size: int) -> dict[str, np.ndarray]:
+    """Without what belongs to the last `missing` of `size` images."""
+    return {name: a[:-missing] if a.ndim and len(a) == size else a for name, a in arrays.items()}
+
+
+def _joined(batches: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+    """The arrays of all batches as one; those of a batch are let go as they are joined."""
+    return {name: _join(name, [batch.pop(name) for batch in batches], size) for name in list(batches[0])}
+
+
+def _join(name: str, arrays: list[np.ndarray], size: int) -> np.ndarray:
+    if len(arrays) == 1:
+        return arrays[0]
+    if all(a.ndim and len(a) == size for a in arrays[:-1]):
+        return np.concatenate(arrays)
+    if all(np.array_equal(arrays[0], a) for a in arrays[1:]):
+        return arrays[0]
+    raise GraphgbpError(
+        f"output '{name}' of shape {list(arrays[0].shape)} has no batch axis in front, so its {len(arrays)} "
+        f"batches cannot be joined; explain at most {size} images in one call, or choose a larger batch_size"
+    )
+
+
+class _OneMethod:
+    """One method of one model: `explain(images, labels)` gives its map.
+
+    `model` and `options` are those of `Explainer`.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self, model: ModelLike, **options: Any) -> None:
+        self.explainer = Explainer(model, (self.method,), **options)
+
+    def explain(self, images: Any, labels: Any = None, *, batch_size: int | None = None) -> np.ndarray:
+        """The maps of a batch, float32; images, labels and errors are those of `Explainer.explain`."""
+        return self.explainer.explain(images, labels, batch_size=batch_size).maps[self.method]
+
+
+class Saliency(_OneMethod):
+    """The gradient of the score by the image, signed, in the image's shape."""
+
+    method = contract.SALIENCY
+
+
+class GuidedBackprop(_OneMethod):
+    """Guided Backpropagation (Springenberg et al. 2014, arXiv 1412.6806), signed, in the image's shape."""
+
+    method = contract.GUIDED_BACKPROP
+
+
+class DeconvNet(_OneMethod):
+    """DeconvNet (Zeiler & Fergus 2014, arXiv 1311.2901), signed, in the image's shape."""
+
+    method = contract.DECONVNET
+
+
+class GradCAM(_OneMethod):
+    """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391), one channel in the image's size, not normalised."""
+
+    method = contract.GRADCAM
+
+
+class GuidedGradCAM(_OneMethod):
+    """Guided Grad-CAM (Selvaraju et al. 2017): Guided Backpropagation times Grad-CAM, in the image's shape."""
+
+    method = contract.GUIDED_GRADCAM
