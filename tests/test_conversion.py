@@ -1,0 +1,267 @@
+"""What a converted file promises: only appended, standard operators, kernels on both providers, the same bytes again."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper
+
+import graphgbp
+from graphgbp import contract
+from tests.build import drawn, model, small_cnn
+from tests.kernels import missing_kernels
+from tests.rules.harness import run
+
+MODEL = "models/efficientnet_lite0.onnx"
+ALL = list(contract.METHODS)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return onnx.load(MODEL)
+
+
+@pytest.fixture(scope="module")
+def explained():
+    return graphgbp.convert(MODEL, ALL)
+
+
+def manifest(explained):
+    return json.loads(next(entry.value for entry in explained.metadata_props if entry.key == "graphgbp.manifest"))
+
+
+def appended(explained, source):
+    return list(explained.graph.node)[len(source.graph.node) :]
+
+
+@pytest.mark.parametrize("field", ["node", "initializer", "sparse_initializer", "value_info", "quantization_annotation"])
+def test_only_appended(source, explained, field):
+    old, new = (list(getattr(proto.graph, field)) for proto in (source, explained))
+    assert [item.SerializeToString() for item in new[: len(old)]] == [item.SerializeToString() for item in old]
+
+
+def test_inputs_outputs_and_the_rest_come_first_unchanged(source, explained):
+    assert [x.name for x in explained.graph.input] == [*(x.name for x in source.graph.input), "target"]
+    assert list(explained.graph.input)[: len(source.graph.input)] == list(source.graph.input)
+    assert list(explained.graph.output)[: len(source.graph.output)] == list(source.graph.output)
+    assert list(explained.functions) == list(source.functions)
+    assert list(explained.opset_import) == list(source.opset_import)
+    assert list(explained.metadata_props)[: len(source.metadata_props)] == list(source.metadata_props)
+    assert explained.ir_version == source.ir_version
+
+
+def test_outputs_are_those_of_the_contract(explained):
+    names = [output.name for output in explained.graph.output]
+    assert names[1:] == ["target_class", "target_score", *ALL, "gradcam_features", "gradcam_gradients"]
+
+
+def test_metadata_functions_and_doc_strings_survive():
+    made = small_cnn()
+    made.metadata_props.add(key="author", value="us")
+    made.graph.doc_string, made.doc_string, made.producer_name = "graph", "model", "somebody"
+    made.graph.node[0].doc_string = "node"
+    explained = graphgbp.convert(made)
+    assert explained.graph.doc_string == "graph" and explained.doc_string == "model"
+    assert explained.producer_name == "somebody" and explained.graph.node[0].doc_string == "node"
+    assert explained.metadata_props[0].key == "author"
+
+
+def test_standard_operators_only_and_all_scoped(source, explained):
+    for node in appended(explained, source):
+        assert node.domain == ""
+        assert node.name.startswith("graphgbp/")
+    onnx.checker.check_model(explained, full_check=True)
+
+
+@pytest.mark.parametrize("provider", ["CPUExecutionProvider", "CUDAExecutionProvider"])
+@pytest.mark.parametrize("target", ["required", "weights"])
+def test_every_appended_node_has_a_kernel(source, provider, target):
+    explained = graphgbp.convert(MODEL, ALL, target=target)
+    assert missing_kernels(provider, explained, appended(explained, source)) == set()
+
+
+@pytest.mark.parametrize("opset", range(16, 27))
+def test_every_appended_node_has_a_kernel_at_every_opset(opset):
+    made = small_cnn(["y = Softmax(z)"], size="H", opset=opset)
+    explained = graphgbp.convert(made, ALL)
+    for provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
+        assert missing_kernels(provider, explained, appended(explained, made)) == set()
+
+
+def test_weights_are_not_copied(source, explained):
+    added = list(explained.graph.initializer)[len(source.graph.initializer) :]
+    assert sum(numpy_helper.to_array(tensor).nbytes for tensor in added) < 20_000
+    assert explained.ByteSize() < 1.03 * source.ByteSize()
+
+
+def test_the_same_bytes_again(tmp_path):
+    script = "import graphgbp, sys; graphgbp.save(graphgbp.convert(sys.argv[1]), sys.argv[2])"
+    digests = set()
+    for seed in ("0", "1"):
+        out = tmp_path / f"{seed}.onnx"
+        subprocess.run([sys.executable, "-c", script, MODEL, str(out)], check=True, env={"PYTHONHASHSEED": seed})
+        digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("level", [ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL])
+def test_the_forward_pass_is_unchanged(source, explained, level):
+    images = drawn(2, 3, 224, 224)
+    logits = [_logits(proto, level, images) for proto in (source, explained)]
+    if level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL:
+        np.testing.assert_array_equal(*logits)
+    else:
+        assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.abs(logits[0]).max()
+
+
+def _logits(proto, level, images):
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds = {"image": images, "target": np.array([-1])}
+    return session.run(["logits"], {x.name: feeds[x.name] for x in session.get_inputs()})[0]
+
+
+def test_manifest(source, explained):
+    told = manifest(explained)
+    digest = hashlib.sha256(Path(MODEL).read_bytes()).hexdigest()
+    assert told["source"]["sha256"] == digest
+    assert told["methods"] == ALL
+    assert told["score"]["tensor"] == "logits" and told["score"]["classes"] == 1000
+    assert told["target_layer"]["op"] == "Clip" and "every path" in told["target_layer"]["reason"]
+    clips = [node for node in source.graph.node if node.op_type == "Clip"]
+    assert [entry["node"] for entry in told["rectifiers"]] == [node.name for node in clips]
+    assert {entry["clothing"] for entry in told["rectifiers"]} == {"Clip(x, 0, 6)"}
+
+
+@pytest.mark.parametrize("methods", [[method] for method in ALL] + [["saliency", "gradcam"]])
+def test_any_subset_of_methods_gives_the_same_maps(explained, methods):
+    feeds = {"image": drawn(1, 3, 224, 224), "target": np.array([7])}
+    some, every = run(graphgbp.convert(MODEL, methods), feeds), run(explained, feeds)
+    for method in methods:
+        assert np.abs(some[method] - every[method]).max() <= 1e-5 * np.abs(every[method]).max()
+    assert ("gradcam_features" in some) == ("gradcam" in methods)
+
+
+def test_a_file_with_one_method_holds_no_other(source):
+    saliency, everything = (len(appended(graphgbp.convert(MODEL, m), source)) for m in (["saliency"], ALL))
+    gradcam = len(appended(graphgbp.convert(MODEL, ["gradcam"]), source))
+    assert gradcam < 40 < saliency < everything
+
+
+def test_public_names_give_way_to_the_models_own():
+    made = small_cnn(["gradcam = Relu(z)", "target = Neg(gradcam)", "y = Add(gradcam, target)"])
+    explained = graphgbp.convert(made, ["gradcam"], output="y")
+    names = manifest(explained)["names"]
+    assert names["gradcam"] == "graphgbp_gradcam" and names["target"] == "graphgbp_target"
+    got = run(explained, {"x": drawn(2, 3, 8, 8), "graphgbp_target": np.array([1])})
+    assert got["graphgbp_gradcam"].shape == (2, 1, 8, 8)
+
+
+def test_converting_again_is_refused_by_name(tmp_path, explained):
+    with pytest.raises(graphgbp.AlreadyConvertedError, match="already converted by graphgbp"):
+        graphgbp.convert(explained)
+    graphgbp.save(explained, tmp_path / "x.onnx")
+    with pytest.raises(graphgbp.AlreadyConvertedError, match=r"x\.onnx"):
+        graphgbp.convert(tmp_path / "x.onnx")
+
+
+def test_the_given_model_is_not_changed():
+    made = small_cnn()
+    before = made.SerializeToString()
+    graphgbp.convert(made, ALL)
+    graphgbp.vjp(made)
+    assert made.SerializeToString() == before
+
+
+def test_unsorted_and_nameless_nodes():
+    made, sorted_ = small_cnn(), small_cnn()
+    nodes = list(made.graph.node)[::-1]
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    explained = graphgbp.convert(made)
+    assert list(explained.graph.node)[: len(nodes)] == nodes
+    feeds = {"x": drawn(2, 3, 8, 8), "target": np.array([1])}
+    got, expected = (run(proto, feeds) for proto in (explained, graphgbp.convert(sorted_)))
+    np.testing.assert_allclose(got["guided_gradcam"], expected["guided_gradcam"], rtol=1e-5)
+
+
+def test_ir_version_3():
+    made = small_cnn(opset=16, ir_version=3)
+    for tensor in made.graph.initializer:
+        made.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.checker.check_model(made)
+    explained = graphgbp.convert(made, ALL)
+    onnx.checker.check_model(explained)
+    feeds = {"x": drawn(2, 3, 8, 8), "target": np.array([1])}
+    np.testing.assert_allclose(
+        run(explained, feeds)["saliency"], run(graphgbp.convert(small_cnn(), ALL), feeds)["saliency"], rtol=1e-5
+    )
+    with pytest.raises(graphgbp.RequestError, match="IR version 4"):
+        graphgbp.convert(made, target="optional")
+
+
+def test_static_and_dynamic_shapes_give_the_same_maps():
+    feeds = {"x": drawn(2, 3, 8, 8), "target": np.array([1, 4])}
+    static, dynamic = graphgbp.convert(small_cnn(batch=2), ALL), graphgbp.convert(small_cnn(size="S"), ALL)
+    assert len(static.graph.node) < len(dynamic.graph.node)
+    for method in ALL:
+        np.testing.assert_allclose(run(static, feeds)[method], run(dynamic, feeds)[method], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"methods": ["gradcan"]}, "unknown method 'gradcan'"),
+        ({"methods": []}, "none given"),
+        ({"target_layer": "hardtanh_33"}, "near matches: .*hardtanh_32"),
+        ({"target_layer": "logits"}, "no spatial positions"),
+        ({"target_layer": "image"}, "no layer"),
+        ({"score": "softmax"}, "score='softmax' is unknown"),
+        ({"score": "probability"}, "has no Softmax"),
+        ({"target": "none"}, "target='none' is unknown"),
+        ({"rectifiers": "none"}, "rectifiers='none' is unknown"),
+        ({"interpolate_mode": "cubic"}, "interpolate_mode='cubic' is unknown"),
+        ({"input": "photo"}, "no float input"),
+        ({"output": "photo"}, "no float output"),
+    ],
+)
+def test_a_request_that_cannot_be_met(request_, message):
+    with pytest.raises(graphgbp.RequestError, match=message):
+        graphgbp.convert(MODEL, **request_)
+
+
+def test_every_unsupported_operator_is_listed():
+    nodes = ['a = Einsum<equation="ij->ij">(x)', "b = CumSum(a, axis)", "y = Mul(a, b)"]
+    made = model(nodes, {"x": (2, 3)}, ["y"], {"axis": np.array(1)})
+    with pytest.raises(graphgbp.UnsupportedOperatorError) as caught:
+        graphgbp.convert(made, ["saliency"])
+    assert "2 nodes" in str(caught.value)
+    assert "Einsum (ai.onnx 18, since 12)" in str(caught.value) and "CumSum (ai.onnx 18, since 14)" in str(caught.value)
+
+
+def test_a_foreign_operator_is_refused_by_domain():
+    made = small_cnn()
+    made.graph.node[1].domain = "com.acme"
+    made.opset_import.append(onnx.helper.make_opsetid("com.acme", 1))
+    with pytest.raises(graphgbp.UnsupportedOperatorError, match=r"Relu \(com\.acme 1\)"):
+        graphgbp.convert(made)
+
+
+def test_no_float_input():
+    made = model(["y = Cast<to=1>(x)"], {"x": (2, 3)}, ["y"])
+    made.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    with pytest.raises(graphgbp.ModelFileError, match="no float input"):
+        graphgbp.convert(made, ["saliency"])
+
+
+def test_a_score_that_does_not_depend_on_the_input():
+    made = model(["s = Shape(x)", "y = Cast<to=1>(s)"], {"x": ("N", 3)}, ["y"])
+    with pytest.raises(graphgbp.RequestError, match="does not depend"):
+        graphgbp.convert(made, ["saliency"])
