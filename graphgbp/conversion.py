@@ -18,12 +18,12 @@ from graphgbp.append import append
 from graphgbp.backward import Gap, RuleFor, active_nodes, backward, gaps, is_float, refuse_gaps
 from graphgbp.contract import Manifest, public_names
 from graphgbp.emit import Emitter
-from graphgbp.errors import ModelFileError, RequestError
+from graphgbp.errors import GraphgbpError, ModelFileError, RequestError
 from graphgbp.image import Image, find_image
 from graphgbp.layers import Layer
 from graphgbp.model_file import PathLike
 from graphgbp.opset import raise_opset
-from graphgbp.prepare import View, prepare
+from graphgbp.prepare import View, prepare, skeleton
 from graphgbp.rectifiers import Rectifier, find_rectifiers, find_smooth
 from graphgbp.target import Score, Seed
 
@@ -165,7 +165,7 @@ def convert(
         target_layer, score, target, rectifiers, interpolate_mode, relu_attributions, input, output,
     )  # fmt: skip
     source, record = open_source(model)
-    analysis = Analysis(prepare(source), options.score, options.input, options.output)
+    analysis = Analysis(prepare(source, weights_folder(model)), options.score, options.input, options.output)
     analysis.refuse_unexplainable()
     layer = analysis.layer(options.target_layer) if options.needs_layer else None
 
@@ -179,7 +179,7 @@ def convert(
         **_maps(g, options, analysis, layer, seed),
     }
     outputs = [g.name_output(results[role], names[role]) for role in options.roles()]
-    append(source, g, [target_input], outputs)
+    appended_to(source, g, [target_input], outputs)
     if options.target == "optional":
         _default_target(source, target_input)
     model_file.append_metadata(source, _manifest(options, analysis, layer, names, record))
@@ -283,7 +283,7 @@ def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence
     Raises UnsupportedOperatorError, RequestError for a name that is no float input or output, ModelFileError.
     """
     source, record = open_source(model)
-    view = prepare(source)
+    view = prepare(source, weights_folder(model))
     g = Emitter(view.graph, view.opset)
     wanted = _choose(inputs, view.graph.inputs, "input")
     seeded = _choose(outputs, view.graph.outputs, "output")
@@ -292,9 +292,20 @@ def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence
     seeds = {y.name: gs.Variable(names[f"{y.name}_grad"], y.dtype, y.shape) for y in seeded}
     found = backward(g, view, seeds, [x.name for x in wanted], table_of(view), "vjp")
     results = [g.name_output(found.get(x.name) or g.zeros_like(x), names[f"{x.name}_grad"]) for x in wanted]
-    append(source, g, list(seeds.values()), results)
+    appended_to(source, g, list(seeds.values()), results)
     model_file.append_metadata(source, Manifest(kind="vjp", graphgbp=__version__, names=names, **record))
     return source
+
+
+def appended_to(
+    model: onnx.ModelProto, g: Emitter, inputs: Sequence[gs.Variable], outputs: Sequence[gs.Variable]
+) -> None:
+    """Append what was emitted; where ONNX's checker had nothing against the model, it must have nothing now."""
+    before = model_file.verdict(skeleton(model))
+    append(model, g, inputs, outputs)
+    after = model_file.verdict(skeleton(model))
+    if before is None and after is not None:
+        raise GraphgbpError(f"graphgbp made an invalid graph, please report it with the model: {after}")
 
 
 def table_of(view: View) -> RuleFor:
@@ -307,14 +318,19 @@ def open_source(model: ModelLike) -> tuple[onnx.ModelProto, dict[str, Any]]:
     if isinstance(model, onnx.ModelProto):
         source = onnx.ModelProto()
         source.CopyFrom(model)
-        folder, name = None, "the model"
+        name = "the model"
     else:
         source = model_file.load(model)
-        folder, name = Path(model).parent, f"'{model}'"
+        name = f"'{model}'"
     model_file.refuse_converted(source, name)
     fingerprint = model_file.fingerprint(model, model_file.external_locations(source))
-    source, opset = raised(source, folder)
+    source, opset = raised(source, weights_folder(model))
     return source, {"source": fingerprint, "opset": opset}
+
+
+def weights_folder(model: ModelLike) -> Path | None:
+    """Where the external data of a model lies; None where nothing says."""
+    return None if isinstance(model, onnx.ModelProto) else Path(model).parent
 
 
 def raised(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto, dict[str, Any] | None]:
