@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +10,7 @@ from google.protobuf.message import EncodeError
 
 from graphgbp import contract, feeds, model_file
 from graphgbp.contract import Manifest
-from graphgbp.conversion import DEFAULT_METHODS, ModelLike, convert
+from graphgbp.conversion import DEFAULT_METHODS, ModelLike, convert, weights_folder
 from graphgbp.errors import GraphgbpError, MissingWeightsError, ModelFileError, RequestError, UnsupportedError
 from graphgbp.result import Ranked, Result
 from graphgbp.runtime import Answer, Session
@@ -167,7 +166,9 @@ class Explainer:
     def _convert(self, device: str, **options: Any) -> Session:
         assert self._convert_options is not None
         converted = convert(self._source, **self._convert_options, **options)
-        return Session(_serialized(converted), weights_folder=_folder(self._source), device=device, **self._run_options)
+        return Session(
+            _serialized(converted), weights_folder=weights_folder(self._source), device=device, **self._run_options
+        )
 
 
 def _checked_model(model: ModelLike) -> ModelLike:
@@ -213,10 +214,6 @@ def _serialized(model: onnx.ModelProto) -> bytes:
             f"the model cannot be handed to ONNX Runtime ({error}); one over 2 GB must be saved with external data "
             "and given by its path"
         ) from None
-
-
-def _folder(model: ModelLike) -> Path | None:
-    return None if isinstance(model, onnx.ModelProto) else Path(model).parent
 
 
 def _positive(batch_size: int) -> int:

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx import helper
 
 from graphgbp import model_file
-from graphgbp.conversion import Analysis, ModelLike, raised
+from graphgbp.conversion import Analysis, ModelLike, raised, weights_folder
 from graphgbp.emit import elem_type
 from graphgbp.errors import GraphgbpError
 from graphgbp.prepare import View, label, prepare
@@ -56,8 +56,8 @@ def inspect(model: ModelLike) -> Inspection:
     path = None if isinstance(model, onnx.ModelProto) else Path(model)
     source = model if isinstance(model, onnx.ModelProto) else model_file.load(model)
     manifest = model_file.read_manifest(source)
-    ours, record = raised(source, path.parent if path else None)
-    view = prepare(ours)
+    ours, record = raised(source, weights_folder(model))
+    view = prepare(ours, weights_folder(model))
     findings = _findings(view) if manifest is None else {}
     empty: dict[str, Any] = {
         "input": None, "score": None, "layers": [], "rectifiers": [], "passed_through": [], "gaps": [], "problems": [],

@@ -1,6 +1,7 @@
 """Load, check, fingerprint and save model files; external data; the manifest's place in the file."""
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx.external_data_helper import uses_external_data
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from graphgbp.contract import MANIFEST_KEY, Manifest
 from graphgbp.errors import AlreadyConvertedError, MissingWeightsError, ModelFileError, OutputError
@@ -70,6 +71,32 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 yield from _tensors(inner)
+
+
+def with_small_weights(model: onnx.ModelProto, folder: Path | None, limit: int) -> onnx.ModelProto:
+    """The model with external weights of up to `limit` elements read in; itself where it has none.
+
+    Raises MissingWeightsError where they cannot be read.
+    """
+    locations = external_locations(model)
+    if not locations:
+        return model
+    if folder is None:
+        raise MissingWeightsError(
+            f"the model keeps its weights in {describe(locations)}, and nothing says where that is; give the path of "
+            "the model, or read it with onnx.load(path)"
+        )
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in _tensors(copy.graph):
+        if uses_external_data(tensor) and math.prod(tensor.dims) <= limit:
+            try:
+                load_external_data_for_tensor(tensor, str(folder))
+            except (OSError, ValueError, onnx.checker.ValidationError) as error:
+                raise MissingWeightsError(f"weight '{tensor.name}' cannot be read from its file: {error}") from None
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
+    return copy
 
 
 def fingerprint(model: PathLike | onnx.ModelProto, locations: Sequence[str]) -> dict[str, Any]:

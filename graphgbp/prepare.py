@@ -8,6 +8,7 @@ and the nodes come in topological order. Only the view is changed; the model's o
 from collections import deque
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnx import helper, numpy_helper, shape_inference
 
 from graphgbp.emit import elem_type, type_of
 from graphgbp.errors import ModelFileError
+from graphgbp.model_file import with_small_weights
 from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
 
 _FOLD_LIMIT = 1024
@@ -43,8 +45,12 @@ class View:
         return self.opsets[""]
 
 
-def prepare(model: onnx.ModelProto) -> View:
-    """Build the reading view of a model at opset 16 or newer; the model itself is not changed."""
+def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
+    """Build the reading view of a model at opset 16 or newer; the model itself is not changed.
+
+    `folder` holds the model's external data, where it has any.
+    """
+    model = with_small_weights(model, folder, _FOLD_LIMIT)
     graph = gs.import_onnx(model)
     opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     graph.nodes[:] = topological_order(graph)

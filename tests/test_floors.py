@@ -22,6 +22,7 @@ FLOORS = [
     ["inspection"],
     ["runtime", "feeds", "photo", "recipe"],
     ["picture"],
+    ["result"],
     ["explainer"],
     ["cli"],
 ]
