@@ -9,7 +9,7 @@ PACKAGE = Path(graphgbp.__file__).parent
 
 FLOORS = [
     ["errors", "contract", "shapes"],
-    ["files", "_version"],
+    ["files", "_version", "equivalence"],
     ["emit", "registry", "model_file"],
     ["masks", "append"],
     ["rules"],
