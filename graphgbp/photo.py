@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -27,20 +29,34 @@ def read_photo(source: PhotoLike, mode: Literal["RGB", "L"] = "RGB") -> Image.Im
     if isinstance(source, Image.Image):
         return _opaque(source, mode, "the image")
     path = Path(source)
+    with _opened(path) as image:
+        image.load()
+        return _opaque(image, mode, f"'{path}'")
+
+
+def require_photo(path: Path) -> None:
+    """Raises ImageError, naming the file, where it does not begin as an image does; its pixels are not read."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     if not path.is_file():
         raise ImageError(f"no photo '{path}'; check the path")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image.load()
+                yield image
+    except ImageError:
+        raise
     except UnidentifiedImageError:
         raise ImageError(f"'{path}' is not an image in a known format") from None
     except Image.DecompressionBombError:
         raise ImageError(f"'{path}' has too many pixels to be a photo; make it smaller") from None
     except Exception as error:  # Pillow's readers meet a broken file with exceptions of every kind
         raise ImageError(f"cannot read the image '{path}': {error}") from error
-    return _opaque(image, mode, f"'{path}'")
 
 
 def _opaque(image: Image.Image, mode: Literal["RGB", "L"], name: str) -> Image.Image:

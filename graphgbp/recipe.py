@@ -153,8 +153,9 @@ class Recipe:
                 f"the model's input '{spec.name}' has {spec.channels} channel(s), but the preprocessing "
                 f"makes {len(self.channels)} ({self.channels}); give a recipe with {spec.channels}"
             )
-        image = self._cropped(self._resized(read_photo(photo, "L" if self.channels == "L" else "RGB")))
-        self._require_size(image, spec)
+        name = "the image" if isinstance(photo, Image.Image) else f"'{os.fspath(photo)}'"
+        image = self._cropped(self._resized(read_photo(photo, "L" if self.channels == "L" else "RGB")), name)
+        self._require_size(image, spec, name)
         pixels = np.atleast_3d(np.asarray(image))
         ordered = pixels[..., ::-1] if self.channels == "BGR" else pixels
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
@@ -172,24 +173,24 @@ class Recipe:
             height, width = self.resize
         return image.resize((width, height), Image.Resampling[self.filter.upper()])
 
-    def _cropped(self, image: Image.Image) -> Image.Image:
+    def _cropped(self, image: Image.Image, name: str) -> Image.Image:
         if self.crop is None:
             return image
         height, width = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
         if height > image.height or width > image.width:
             raise ImageError(
-                f"a crop of {height} x {width} does not fit into an image of {image.height} x {image.width} "
-                "(height x width); resize to more, or crop less"
+                f"a crop of {height} x {width} (height x width) does not fit into {name}, {image.height} x "
+                f"{image.width} after its resize; resize to more, or crop less"
             )
         left, top = (round((whole - part) / 2) for whole, part in ((image.width, width), (image.height, height)))
         return image.crop((left, top, left + width, top + height))
 
     @staticmethod
-    def _require_size(image: Image.Image, spec: ImageInput) -> None:
+    def _require_size(image: Image.Image, spec: ImageInput, name: str) -> None:
         if spec.height not in (None, image.height) or spec.width not in (None, image.width):
             wanted = " x ".join("any" if size is None else str(size) for size in (spec.height, spec.width))
             raise ImageError(
-                f"the model's input '{spec.name}' is {wanted} (height x width), but the recipe makes "
+                f"the model's input '{spec.name}' is {wanted} (height x width), but the recipe makes {name} "
                 f"{image.height} x {image.width}; change its resize and crop"
             )
 

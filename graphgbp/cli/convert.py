@@ -1,0 +1,101 @@
+"""graphgbp convert: write the explained model."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from graphgbp.cli import console
+from graphgbp.contract import METHODS
+from graphgbp.errors import OutputError
+
+SCORES = ("auto", "pre_softmax", "probability")
+TARGETS = ("required", "optional", "weights")
+RECTIFIERS = ("relu", "all")
+INTERPOLATE_MODES = ("bilinear", "nearest")
+
+
+@click.command(no_args_is_help=True, short_help="Write the explained model.")
+@click.argument("model")
+@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write, such as MODEL.explained.onnx.")
+@click.option(
+    "--methods",
+    multiple=True,
+    callback=console.split_words,
+    metavar="A,B",
+    help=f"Any of {', '.join(METHODS)}.  [default: guided_gradcam,gradcam,guided_backprop]",
+)
+@click.option("--layer", default="auto", metavar="NAME", help="Where Grad-CAM is taken: a tensor, a node, or auto.")
+@click.option(
+    "--score", type=click.Choice(SCORES), default="auto", help="Explain the score before or after the softmax."
+)
+@click.option(
+    "--target", type=click.Choice(TARGETS), default="required", help="The class as an input, with or without a default."
+)
+@click.option("--rectifiers", type=click.Choice(RECTIFIERS), default="relu", help="What the guided rule masks.")
+@click.option(
+    "--interpolate-mode", type=click.Choice(INTERPOLATE_MODES), default="bilinear", help="How Grad-CAM is resized."
+)
+@click.option("--no-relu-attributions", is_flag=True, help="Leave Grad-CAM signed.")
+@click.option("--input-name", metavar="NAME", help="The input to explain, where the model has several.")
+@click.option("--output-name", metavar="NAME", help="The output to explain, where it is not the first.")
+@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def convert(model: str, out: str, methods: tuple[str, ...], force: bool, as_json: bool, **options: Any) -> None:
+    """Append the explanation to MODEL and write it to OUT: one ONNX file that any ONNX Runtime runs."""
+    import graphgbp
+    from graphgbp.model_file import read_manifest
+
+    _require_writable(Path(model), Path(out), force)
+    given: dict[str, Any] = {"methods": methods} if methods else {}
+    with console.progress(f"converting {model}"):
+        converted = graphgbp.convert(
+            model,
+            **given,
+            target_layer=options["layer"],
+            score=options["score"],
+            target=options["target"],
+            rectifiers=options["rectifiers"],
+            interpolate_mode=options["interpolate_mode"],
+            relu_attributions=not options["no_relu_attributions"],
+            input=options["input_name"],
+            output=options["output_name"],
+        )
+        graphgbp.save(converted, out, weights_from=Path(model).parent)
+    manifest = read_manifest(converted)
+    assert manifest is not None
+    facts = asdict(manifest)
+    sizes = {"model_bytes": Path(model).stat().st_size, "out_bytes": Path(out).stat().st_size}
+    if as_json:
+        console.print_json({"model": model, "out": out, **sizes, "manifest": facts})
+    else:
+        console.print_facts(list(_summary(facts, out, **sizes)))
+
+
+def _summary(manifest: dict[str, Any], out: str, model_bytes: int, out_bytes: int) -> Iterator[tuple[str, str]]:
+    growth = 100 * (out_bytes - model_bytes) / model_bytes
+    yield "wrote", f"{out}, {console.spell_bytes(out_bytes)} ({growth:+.1f} %)"
+    yield "explains", f"{manifest['score']['tensor']}: {manifest['score']['reason']}"
+    yield "methods", ", ".join(manifest["methods"])
+    if manifest["target_layer"]:
+        yield "layer", f"{manifest['target_layer']['tensor']}: {manifest['target_layer']['reason']}"
+    yield "rectifiers", f"{len(manifest['rectifiers'])} masked by the guided rule"
+    if manifest["passed_through"]:
+        yield "activations", f"{len(manifest['passed_through'])} smooth or leaky, passed through with their derivative"
+    if manifest["opset"]:
+        yield "opset", f"raised from {manifest['opset']['source']} to {manifest['opset']['raised_to']}"
+    if manifest["surrogates"]:
+        yield "surrogates", f"{len(manifest['surrogates'])} straight-through: {', '.join(manifest['surrogates'])}"
+
+
+def _require_writable(model: Path, out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise OutputError(f"'{out}' is a folder; name a file in it")
+    if not out.parent.is_dir():
+        raise OutputError(f"there is no folder '{out.parent}'; make it first")
+    if out.exists() and model.exists() and out.samefile(model):
+        raise OutputError(f"'{out}' is the model itself; write to another file")
+    if out.exists() and not force:
+        raise OutputError(f"'{out}' already exists; choose another file, or replace it with --force")

@@ -1,0 +1,205 @@
+"""graphgbp explain: pictures, arrays, a table on the terminal."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from graphgbp.cli import console
+from graphgbp.cli.classes import find_class
+from graphgbp.contract import METHODS
+from graphgbp.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from graphgbp.explainer import Explainer, Result
+    from graphgbp.picture import Album
+    from graphgbp.recipe import ImageInput, Recipe
+
+STYLES = ("auto", "colour", "absolute", "positive", "negative", "all")
+PRESETS = ("imagenet", "unit", "symmetric", "caffe")
+FALLBACK = "unit"
+
+
+@click.command(no_args_is_help=True, short_help="Run it on photos: pictures, arrays, a table.")
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("-o", "--out", required=True, metavar="DIR", help="The folder to write to.")
+@click.option(
+    "--class", "wanted", metavar="CLASS", help="Explain this class, an index or a name.  [default: predicted]"
+)
+@click.option("--top", type=click.IntRange(1), metavar="K", help="Explain the K highest classes of each image.")
+@click.option(
+    "--methods",
+    multiple=True,
+    callback=console.split_words,
+    metavar="A,B",
+    help=f"Any of {', '.join(METHODS)}.  [default: guided_gradcam,gradcam,guided_backprop]",
+)
+@click.option("--layer", metavar="NAME", help="Where Grad-CAM is taken: a tensor, a node, or auto.")
+@click.option(
+    "--preprocess",
+    metavar="RECIPE",
+    help=f"A recipe file, or {', '.join(PRESETS)}.  [default: MODEL's .recipe.json]",
+)
+@click.option("--classes", "classes_file", metavar="FILE", help="Class names, one per line.  [default: the recipe's]")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="How many images run at once.")
+@click.option("--style", type=click.Choice(STYLES), default="auto", show_default=True, help="Of the guided maps.")
+@click.option("--force", is_flag=True, help="Replace what is in DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def explain(model: str, images: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
+    """Show where MODEL looks in photos (files, or folders of them): panels, arrays and an index in DIR."""
+    from graphgbp import picture
+    from graphgbp.cli.photos import find_photos, unique_names
+
+    if options["wanted"] is not None and options["top"] is not None:
+        raise click.UsageError("--class and --top exclude each other")
+    photos = find_photos(images)
+    names = unique_names(photos)
+    top = options["top"]
+    planned = names if top is None else [f"{name}-top{rank + 1}" for name in names for rank in range(top)]
+    picture.require_place(out, planned, options["force"], consent="--force")
+    job = _prepare(model, options)
+    album = picture.Album(
+        out,
+        planned,
+        class_names=job.class_names,
+        style=options["style"],
+        channels=job.recipe.channels,
+        force=options["force"],
+    )
+    entries = list(_explain_all(job, album, photos, names, options["batch_size"]))
+    index = album.finish()
+    if as_json:
+        console.print_json(_document(job, album, index))
+    else:
+        _print_summary(job, album, index, entries)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run on every photo, and what it writes into."""
+
+    explainer: "Explainer"
+    spec: "ImageInput"
+    recipe: "Recipe"
+    preprocessing: str
+    class_names: list[str] | None
+    target: int | None
+    top: int | None
+
+
+def _prepare(model: str, options: dict[str, Any]) -> Job:
+    from graphgbp.explainer import Explainer
+    from graphgbp.recipe import ImageInput, read_class_names
+
+    layer = {} if options["layer"] is None else {"target_layer": options["layer"]}
+    with console.progress(f"converting {model}"):
+        explainer = Explainer(
+            model,
+            options["methods"] or None,
+            device=options["device"],
+            batch_size=options["batch_size"],
+            **layer,
+        )
+    told = explainer.input
+    spec = ImageInput.from_shape(told["name"], told["shape"], told["dtype"], told["layout"])
+    recipe, preprocessing = _recipe(model, options["preprocess"], spec)
+    file = options["classes_file"]
+    class_names = read_class_names(file) if file else recipe.read_class_names()
+    if class_names and explainer.classes not in (None, len(class_names)):
+        source = file or recipe.class_names
+        raise RequestError(f"'{source}' names {len(class_names)} classes, and the model has {explainer.classes}")
+    target = None if options["wanted"] is None else find_class(options["wanted"], class_names)
+    top = options["top"] and min(options["top"], explainer.classes or options["top"])
+    return Job(explainer, spec, recipe, preprocessing, class_names, target, top)
+
+
+def _recipe(model: str, asked: str | None, spec: "ImageInput") -> tuple["Recipe", str]:
+    """The recipe, and where it comes from."""
+    from graphgbp.recipe import Recipe, preset, recipe_beside
+
+    if asked in PRESETS:
+        return preset(asked, spec), asked
+    path = Path(asked) if asked else recipe_beside(model)
+    if path is None:
+        console.say(
+            "warning",
+            f"nothing says how photos become the input of '{model}': taken as '{FALLBACK}', values from 0 to 1, which "
+            f"may be wrong; choose --preprocess {'|'.join(PRESETS)}, or give a recipe file",
+        )
+        return preset(FALLBACK, spec), FALLBACK
+    if not path.is_file():
+        raise RequestError(f"no recipe file '{path}' and no preset of that name; the presets are {', '.join(PRESETS)}")
+    return Recipe.load(path), str(path)
+
+
+def _explain_all(
+    job: Job, album: "Album", photos: Sequence[Path], names: Sequence[str], size: int
+) -> Iterator[dict[str, Any]]:
+    from graphgbp.cli.photos import batches
+
+    with console.progress("explaining", len(photos)) as advance:
+        for batch in batches(photos, names, job.recipe, job.spec, size):
+            results = _ranked(job, batch.images) if job.top else [job.explainer.explain(batch.images, job.target)]
+            for rank, result in enumerate(results, start=1):
+                files = [f"{name}-top{rank}" for name in batch.names] if job.top else batch.names
+                yield from album.add(result, files, batch.photos, batch.files)
+            advance(len(batch.names))
+
+
+def _ranked(job: Job, images: "np.ndarray") -> Iterator["Result"]:
+    """The explanation of each image's highest class, its second, ..."""
+    assert job.top is not None
+    first = job.explainer.explain(images)
+    ranking = [[entry.class_index for entry in row] for row in first.top(job.top)]
+    for rank in range(job.top):
+        classes = [row[rank] for row in ranking]
+        yield first if classes == first.target_class.tolist() else job.explainer.explain(images, classes)
+
+
+def _document(job: Job, album: "Album", index: Path) -> dict[str, Any]:
+    return {
+        "index": str(index),
+        "device": job.explainer.device,
+        "device_note": job.explainer.device_note,
+        "preprocessing": job.preprocessing,
+        **album.describe(),
+    }
+
+
+def _print_summary(job: Job, album: "Album", index: Path, entries: Sequence[dict[str, Any]]) -> None:
+    kinds = {key for entry in entries for row in entry["top"] for key in row if key in ("probability", "score")}
+    table = console.table("photo", "class", kinds.pop() if kinds else "score", "panel")
+    for file, group in groupby(entries, key=lambda entry: entry["file"]):
+        for n, row in enumerate(_rows(list(group))):
+            table.add_row(str(file) if n == 0 else "", *row, style=None if row[-1] else "dim")
+    console.show(table)
+    note = f" ({job.explainer.device_note})" if job.explainer.device_note else ""
+    written = f"{len(entries)} panel{'s' if len(entries) > 1 else ''} with arrays (.npz), and {index.name}"
+    console.print_facts(
+        [
+            ("wrote", f"{written}, in {album.folder}"),
+            ("preprocessing", job.preprocessing),
+            ("device", f"{job.explainer.device}{note}"),
+        ]
+    )
+
+
+def _rows(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """The highest classes of one photo, then those explained that are not among them: class, value, panel."""
+    panels = {entry["class"]: entry["panel"] for entry in entries}
+    listed = {row["class"]: row for row in entries[0]["top"]}
+    for row in [*listed.values(), *(entry for entry in entries if entry["class"] not in listed)]:
+        name = "no single class" if row["class"] is None else str(row["class"])
+        value = row.get("probability")
+        yield (
+            f"{name} {row['class_name'] or ''}",
+            f"{row['score']:.4g}" if value is None else f"{value:.3f}",
+            panels.get(row["class"], ""),
+        )

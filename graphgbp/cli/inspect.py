@@ -1,0 +1,86 @@
+"""graphgbp inspect: what can be explained."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from graphgbp.cli import console
+
+if TYPE_CHECKING:
+    from graphgbp.inspection import Inspection
+
+_LAYERS_SHOWN = 12
+
+
+@click.command(no_args_is_help=True, short_help="Say what can be explained in a model.")
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def inspect(model: str, as_json: bool) -> None:
+    """Say what can be explained in MODEL: inputs, score, candidate layers and why, rectifiers, gaps."""
+    import graphgbp
+
+    with console.progress(f"reading {model}"):
+        found = graphgbp.inspect(model)
+    if as_json:
+        console.print_json(found.to_dict())
+        return
+    console.print_facts(list(_facts(found)))
+    if found.layers:
+        console.show(_layer_table(found.layers))
+    if found.gaps:
+        console.show(_rows("Operators without a rule", ("node", "op", "domain", "reason"), found.gaps))
+    if not found.converted:
+        obstacles = [*found.problems, *([f"{len(found.gaps)} node(s) without a rule"] if found.gaps else [])]
+        console.show(f"cannot be explained as it is: {'; '.join(obstacles)}" if obstacles else "can be explained")
+
+
+def _facts(found: "Inspection") -> Iterator[tuple[str, str]]:
+    raised = found.opset_raised
+    yield "file", str(found.file)
+    yield "opset", str(found.opset) + (f", raised to {raised['raised_to']} for conversion" if raised else "")
+    yield "nodes", str(found.nodes)
+    for kind, tensors in (("input", found.inputs), ("output", found.outputs)):
+        for tensor in tensors:
+            layout = found.input["layout"] if found.input and found.input["name"] == tensor["name"] else None
+            shape = console.spell_shape(tensor["shape"])
+            yield kind, f"{tensor['name']}  {tensor['dtype']} {shape}{f'  {layout}' if layout else ''}"
+    if found.score:
+        classes = found.score["classes"]
+        count = f", {classes} classes" if classes else ""
+        yield "score", f"{found.score['tensor']}{count}: {found.score['reason']}"
+        yield "rectifiers", _counted(found.rectifiers) or "none: Guided Backpropagation equals the gradient"
+    for layer in found.layers:
+        if layer["chosen"]:
+            yield "layer", f"{layer['tensor']}: {layer['reason']}"
+    if found.passed_through:
+        yield "passed through", f"{_counted(found.passed_through)} (smooth or leaky: no published guided rule)"
+    if found.converted:
+        yield "converted", f"by graphgbp {found.converted['graphgbp']}: {', '.join(found.converted['methods'])}"
+
+
+def _counted(activations: list[dict[str, str]]) -> str:
+    """ "3 Relu, 1 Clip", most frequent first."""
+    from collections import Counter
+
+    return ", ".join(f"{count} {name}" for name, count in Counter(a["clothing"] for a in activations).most_common())
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Any:
+    """The last candidate layers, and the chosen one wherever it is."""
+    kept = [layer for n, layer in enumerate(layers) if layer["chosen"] or n >= len(layers) - _LAYERS_SHOWN]
+    left_out = len(layers) - len(kept)
+    title = "Candidate layers for Grad-CAM" + (f" ({left_out} earlier ones: --json)" if left_out else "")
+    table = console.table("", "tensor", "node", "op", "shape", title=title)
+    for layer in kept:
+        mark, shape = "*" if layer["chosen"] else "", console.spell_shape(layer["shape"])
+        style = "bold" if layer["chosen"] else None
+        table.add_row(mark, layer["tensor"], layer["node"], layer["op"], shape, style=style)
+    return table
+
+
+def _rows(title: str, keys: tuple[str, ...], rows: list[dict[str, str]]) -> Any:
+    table = console.table(*keys, title=title)
+    for row in rows:
+        table.add_row(*(row[key] for key in keys))
+    return table
