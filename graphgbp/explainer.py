@@ -1,7 +1,7 @@
 """Explainer and the one-liners: convert a model where it is still plain, run it on images, hand back the maps."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,14 @@ from google.protobuf.message import EncodeError
 from graphgbp import contract, feeds, model_file
 from graphgbp.contract import Manifest
 from graphgbp.conversion import DEFAULT_METHODS, ModelLike, convert, weights_folder
-from graphgbp.errors import GraphgbpError, MissingWeightsError, ModelFileError, RequestError, UnsupportedError
+from graphgbp.errors import (
+    GraphgbpError,
+    ImageError,
+    MissingWeightsError,
+    ModelFileError,
+    RequestError,
+    UnsupportedError,
+)
 from graphgbp.result import Ranked, Result
 from graphgbp.runtime import Answer, Session
 
@@ -113,12 +120,13 @@ class Explainer:
             classes, RequestError where a converted file cannot take weights, GraphgbpError where the run fails.
         """
         images = feeds.read_images(images, self.input)
+        _refuse_shared_score(self.manifest, len(images))
         targets = feeds.read_targets(targets, len(images), self.manifest.score)
-        size = _batch(self.manifest, self._batch_size if batch_size is None else _positive(batch_size))
+        size = _fixed_batch(self.manifest) or (self._batch_size if batch_size is None else _positive(batch_size))
         session = self._session_for(targets)
         answers = list(self._run(session, images, targets, size))
         roles = _joined([answer.roles for answer in answers], size)
-        outputs = _joined([answer.outputs for answer in answers], size)
+        outputs = _joined([answer.outputs for answer in answers], size, self._perhaps_constant(session))
         single = targets if targets.dtype == np.int64 else np.full(len(images), contract.PREDICTED)
         return Result(
             images=images,
@@ -147,6 +155,12 @@ class Explainer:
                 if missing
                 else answer
             )
+
+    def _perhaps_constant(self, session: Session) -> set[str]:
+        """The model's outputs whose first size is fixed where the batch is open, so that it may be no batch axis."""
+        if _fixed_batch(self.manifest) is not None:
+            return set()
+        return {name for name, shape in session.output_shapes.items() if shape and isinstance(shape[0], int)}
 
     def _session_for(self, targets: np.ndarray) -> Session:
         if targets.dtype == np.int64:
@@ -227,15 +241,17 @@ def _fixed_batch(manifest: Manifest) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _batch(manifest: Manifest, asked: int) -> int:
-    """How many images to run at once: as asked, unless the model was exported for a fixed batch or scores one image."""
-    fixed, score = _fixed_batch(manifest), manifest.score
-    scores_each = score["class_axis"] not in (0, None) or score["two_classes_in_one"]
-    if fixed is not None and fixed > 1 and not scores_each:
+def _refuse_shared_score(manifest: Manifest, images: int) -> None:
+    """Refuse several images where the model gives them one score between them."""
+    score, fixed = manifest.score, _fixed_batch(manifest) or 1
+    if score["class_axis"] not in (0, None) or score["two_classes_in_one"]:
+        return
+    if fixed > 1:
         raise UnsupportedError(
             f"the model gives one score '{score['tensor']}' for a fixed batch of {fixed}; export it with a batch of 1"
         )
-    return fixed or (asked if scores_each else 1)
+    if images > 1:
+        raise ImageError(f"the model gives one score '{score['tensor']}' for all images; explain one in each call")
 
 
 def _roles(methods: Sequence[str]) -> set[str]:
@@ -248,18 +264,24 @@ def _first(arrays: dict[str, np.ndarray], missing: int, size: int) -> dict[str, 
     return {name: a[:-missing] if a.ndim and len(a) == size else a for name, a in arrays.items()}
 
 
-def _joined(batches: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+def _joined(
+    batches: Sequence[dict[str, np.ndarray]], size: int, perhaps_constant: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """The arrays of all batches as one; those of a batch are let go as they are joined."""
-    return {name: _join(name, [batch.pop(name) for batch in batches], size) for name in list(batches[0])}
+    return {
+        name: _join(name, [batch.pop(name) for batch in batches], size, name in perhaps_constant)
+        for name in list(batches[0])
+    }
 
 
-def _join(name: str, arrays: list[np.ndarray], size: int) -> np.ndarray:
+def _join(name: str, arrays: list[np.ndarray], size: int, perhaps_constant: bool) -> np.ndarray:
     if len(arrays) == 1:
         return arrays[0]
-    if all(a.ndim and len(a) == size for a in arrays[:-1]):
-        return np.concatenate(arrays)
-    if all(np.array_equal(arrays[0], a) for a in arrays[1:]):
+    batched = all(a.ndim and len(a) == size for a in arrays[:-1])
+    if (perhaps_constant or not batched) and all(np.array_equal(arrays[0], a) for a in arrays[1:]):
         return arrays[0]
+    if batched:
+        return np.concatenate(arrays)
     raise GraphgbpError(
         f"output '{name}' of shape {list(arrays[0].shape)} has no batch axis in front, so its {len(arrays)} "
         f"batches cannot be joined; explain at most {size} images in one call, or choose a larger batch_size"

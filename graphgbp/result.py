@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,18 +98,40 @@ class Result:
         names: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
         force: bool = False,
-    ) -> Any:
-        """Write one panel of pictures per image, the arrays, and an index into `folder`.
+        style: str = "auto",
+        channels: str = "RGB",
+    ) -> Path:
+        """Write a panel (`.png`) and the arrays (`.npz`) of every image, and an index of them, into `folder`.
 
-        `photos` are the images to draw under the maps, `names` their file names, `class_names` the model's classes.
-        Raises OutputError where a file exists (unless `force`) or cannot be written.
+        Args:
+            folder: made where it is missing.
+            photos: what to draw the maps over, one per image; by default the images themselves.
+            names: of the files, one per image, without suffix; by default "image_0", "image_1", ...
+            class_names: by class index.
+            force: replace files of the same names.
+            style: of the guided maps: "auto", "colour", "absolute", "positive", "negative" or "all".
+            channels: the order of the model's colour channels, "RGB" or "BGR".
+
+        Returns the path of the index. Raises OutputError where a file exists (unless `force`) or cannot be written.
         """
         from graphgbp import picture
 
-        return picture.save_result(self, folder, photos=photos, names=names, class_names=class_names, force=force)
+        return picture.save_result(
+            self,
+            folder,
+            photos=photos,
+            names=names,
+            class_names=class_names,
+            force=force,
+            style=style,
+            channels=channels,
+        )
 
-    def show(self) -> Any:
-        """Show the maps on the screen or in a notebook."""
+    def show(self, *, class_names: Sequence[str] | None = None, style: str = "auto") -> None:
+        """Show the panel of every image: in the notebook, or with the system's image viewer.
+
+        Raises OutputError where there is no viewer.
+        """
         from graphgbp import picture
 
-        return picture.show_result(self)
+        picture.show_result(self, class_names=class_names, style=style)

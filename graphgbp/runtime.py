@@ -67,7 +67,7 @@ class Session:
 
     Attributes: `manifest`; `device`, the one taken ("cpu" or "cuda:0"); `device_note`, why "auto" did not take CUDA,
     else None; `weighted`, whether the file takes `target_weights` and not `target`; `target_shape`, the declared
-    shape of that input.
+    shape of that input; `output_shapes`, those of the outputs.
 
     Raises DeviceError where the asked device cannot be had, never falling back to another; ModelFileError where the
     file cannot be loaded or is not converted; RequestError where it needs inputs beside the image and the target.
@@ -108,6 +108,7 @@ class Session:
             )
         inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self.target_shape: list[int | str | None] = next(v.shape for v in inputs if v.name == self._target)
+        self.output_shapes = {value.name: value.shape for value in self._session.get_outputs()}
         public = {name: role for role, name in names.items()}
         results = {value.name: value.type for value in self._session.get_outputs()}
         self._roles = {public[name]: name for name in results if name in public}
@@ -161,7 +162,7 @@ def _driver_obstacle(index: int) -> str | None:
     try:
         driver = ctypes.CDLL(name)
     except OSError:
-        return f"no NVIDIA driver ({name}) is found; install it from nvidia.com/drivers, or choose device 'cpu'"
+        return f"no NVIDIA driver ({name}) is found; CUDA needs one, from nvidia.com/drivers"
     count = ctypes.c_int()
     failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if failed:
