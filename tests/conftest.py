@@ -1,13 +1,18 @@
-"""What several tests share: the `cuda` marker, which runs a test where CUDA really starts and says loudly where not."""
+"""What tests share: a small classifier; the `cuda` marker, which runs where CUDA really starts and says where not."""
 
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
+
+from graphgbp import Explainer
+from graphgbp.runtime import cuda_obstacle
+from tests.build import drawn, small_cnn
 
 _SILENT, _WARNING = 4, 2
 
@@ -32,8 +37,6 @@ def cuda_missing() -> str | None:
         onnxruntime.set_default_logger_severity(_WARNING)
     if "CUDAExecutionProvider" in session.get_providers():
         return None
-    from graphgbp.runtime import cuda_obstacle
-
     return cuda_obstacle() or "ONNX Runtime does not start its CUDA provider"
 
 
@@ -55,3 +58,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _reason(report: pytest.TestReport) -> str:
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
     return str(text).removeprefix("Skipped: ")
+
+
+@pytest.fixture(scope="session")
+def source() -> onnx.ModelProto:
+    """A small classifier: x [N, 3, 8, 8], five classes, scores `z`, probabilities `y`."""
+    return small_cnn(("y = Softmax<axis=1>(z)",))
+
+
+@pytest.fixture(scope="session")
+def explainer(source: onnx.ModelProto) -> Explainer:
+    return Explainer(source, ["saliency", "gradcam"], device="cpu")
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return drawn(3, 3, 8, 8, seed=11)
