@@ -4,6 +4,7 @@ Two sizes that carry the same symbol are equal at run time, which is what lets a
 image be differentiated without asking at run time whether it broadcasts.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -89,15 +90,43 @@ def _named_sizes(
     if kind.shape is None:
         return None if hinted is None else tuple(size or f"{name}:{axis}" for axis, size in enumerate(hinted))
     hinted = hinted if hinted is not None and len(hinted) == len(kind.shape) else ("",) * len(kind.shape)
-    symbols = dict(_window_sizes(node, types))
+    ours = dict(_window_sizes(node, types)) | dict(_reshaped_size(node, kind.shape, types))
     return tuple(
-        size or (hint if isinstance(hint, int) else symbols.get(axis) or hint or f"{name}:{axis}")
+        ours[axis]
+        if isinstance(ours.get(axis), int)
+        else size or (hint if isinstance(hint, int) else ours.get(axis) or hint or f"{name}:{axis}")
         for axis, (size, hint) in enumerate(zip(kind.shape, hinted, strict=True))
     )
 
 
-def _window_sizes(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Iterator[tuple[int, str]]:
-    """Symbols for the spatial sizes of a convolution or pooling: equal geometry on equal sizes, equal symbol."""
+def window_count(size: int, span: int, stride: int, pads: tuple[int, int], ceil: bool) -> int:
+    """How many windows fit along an axis; with `ceil` also one that overhangs, unless it begins in the end padding.
+
+    That exception is ONNX's from opset 22 on, and ONNX Runtime's at every opset.
+    """
+    room = size + sum(pads) - span
+    if not ceil:
+        return room // stride + 1
+    count = -(-room // stride) + 1
+    return count - ((count - 1) * stride >= size + pads[0])
+
+
+def _reshaped_size(node: onnx.NodeProto, sizes: Shape, types: Mapping[str, TensorType]) -> Iterator[tuple[int, str]]:
+    """The one open size of a Reshape's output is the one open size of its input where the others' products agree."""
+    shape = types[node.input[0]].shape if node.op_type == "Reshape" and node.input[0] in types else None
+    if shape is None or sizes.count("") != 1:
+        return
+    symbols = [size for size in shape if isinstance(size, str)]
+    others, rest = ([size for size in part if isinstance(size, int)] for part in (shape, sizes))
+    if len(symbols) == 1 and len(rest) == len(sizes) - 1 and math.prod(others) == math.prod(rest) > 0:
+        yield sizes.index(""), symbols[0]
+
+
+def _window_sizes(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Iterator[tuple[int, Dim]]:
+    """Spatial sizes of a convolution or pooling that ONNX leaves open or, before opset 22, rounds up too far.
+
+    An open size becomes a symbol: equal geometry on equal sizes, equal symbol.
+    """
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     shape = types[node.input[0]].shape if node.input and node.input[0] in types else None
     kernel: Sequence[int] | None = attributes.get("kernel_shape") or _kernel_of_weight(node, types)
@@ -109,13 +138,17 @@ def _window_sizes(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Iter
     pads = attributes.get("pads") or [0] * (2 * rank)
     same = attributes.get("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER")
     for axis, size in enumerate(shape[2:]):
-        if isinstance(size, str):
-            span = dilations[axis] * (kernel[axis] - 1) + 1
-            margin = 0 if same else pads[axis] + pads[axis + rank] - span + 1
+        span = dilations[axis] * (kernel[axis] - 1) + 1
+        sides = (pads[axis], pads[axis + rank])
+        if isinstance(size, int):
             if attributes.get("ceil_mode") and not same:
-                yield axis + 2, f"ceil(({size}{margin - 1:+d})/{strides[axis]}+1;{pads[axis]})"
-            else:
-                yield axis + 2, _strided(size, margin, strides[axis])
+                yield axis + 2, window_count(size, span, strides[axis], sides, ceil=True)
+            continue
+        margin = 0 if same else sum(sides) - span + 1
+        if attributes.get("ceil_mode") and not same:
+            yield axis + 2, f"ceil(({size}{margin - 1:+d})/{strides[axis]}+1;{pads[axis]})"
+        else:
+            yield axis + 2, _strided(size, margin, strides[axis])
 
 
 def _strided(size: str, margin: int, stride: int) -> str:

@@ -87,3 +87,15 @@ def test_a_node_that_does_not_fit_its_inputs_is_named():
     made.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(drawn(5, 4), "w"))
     with pytest.raises(graphgbp.ModelFileError, match="MatMul"):
         prepare(made)
+
+
+def test_the_batch_keeps_its_symbol_through_a_reshape():
+    nodes = ["a = Reshape(x, flat)", "y = Reshape(a, back)"]
+    weights = {"flat": np.array([-1, 12]), "back": np.array([-1, 4, 3])}
+    tensors = prepare(model(nodes, {"x": ("N", 3, 4)}, ["y"], weights)).tensors
+    assert tensors["a"].shape == ("N", 12) and tensors["y"].shape == ("N", 4, 3)
+
+
+def test_a_reshape_that_mixes_the_batch_gets_a_symbol_of_its_own():
+    tensors = prepare(model(["y = Reshape(x, s)"], {"x": ("N", 3, 4)}, ["y"], {"s": np.array([-1, 4])})).tensors
+    assert tensors["y"].shape[0] != "N"
