@@ -52,6 +52,13 @@ def test_split_batches_equal_one(explainer, batch_size):
     np.testing.assert_array_equal(split.target_class, whole.target_class)
 
 
+@pytest.mark.parametrize("batch", ["N", 2])
+def test_equal_batches_are_not_mistaken_for_one(batch):
+    explainer = Explainer(small_cnn(SOFTMAX, batch=batch), ["saliency"], device="cpu", batch_size=2)
+    result = explainer.explain(np.repeat(drawn(1, 3, 8, 8), 4, axis=0), 1)
+    assert len(result.outputs["y"]) == len(result.target_class) == len(result.saliency) == 4
+
+
 def test_no_batch_is_larger_than_asked(source, monkeypatch):
     explainer = Explainer(source, ["saliency"], device="cpu", batch_size=3)
     sizes, original = [], explainer._session.run
