@@ -133,6 +133,7 @@ class Emitter:
 
     def join(self, sizes: Sequence[Size]) -> gs.Tensor:
         """int64 [n] from sizes known and unknown."""
+        sizes = [int(size.values[0]) if isinstance(size, gs.Constant) else size for size in sizes]
         if all(isinstance(size, int | np.integer) for size in sizes):
             return self.ints([int(size) for size in sizes])
         parts: list[gs.Tensor] = []

@@ -17,19 +17,29 @@ _STEEP = 2.0**126  # the largest power of two whose product with the smallest no
 
 
 def where_positive(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
-    """dy where x > 0, else 0. Only the sign of x counts: a Relu's output serves as well as its input."""
+    """dy where x > 0, else 0. Only the sign of x counts: a Relu's output serves as well as its input.
+
+    The steep mask lets only a part through at a subnormal x > 0 (below 1.2e-38), which many kernels flush to 0.
+    """
     if x.dtype == np.float32:
         return g.mul(dy, g.op("HardSigmoid", x, alpha=_STEEP, beta=0.0))
     return keep(g, dy, g.greater(x, g.like(x, 0)))
 
 
 def where_below(g: Emitter, dy: gs.Tensor, x: gs.Tensor, bound: float) -> gs.Tensor:
-    """dy where x < bound, else 0, for x that is never negative and a positive bound."""
-    if x.dtype == np.float32:
-        limit = np.float32(bound)
-        step = float(limit - np.nextafter(limit, np.float32(0)))
-        return g.mul(dy, g.op("HardSigmoid", x, alpha=-1 / step, beta=float(limit) / step))
+    """dy where x < bound, else 0, for a positive bound."""
+    if x.dtype == np.float32 and (slope := _slope(bound)):
+        return g.mul(dy, g.op("HardSigmoid", x, alpha=-slope, beta=slope * float(np.float32(bound))))
     return keep(g, dy, g.less(x, g.like(x, bound)))
+
+
+def _slope(bound: float) -> float | None:
+    """One over the step from the bound to the float32 below it; None where float32 has no room for that."""
+    limit = np.float32(bound)
+    if not np.isfinite(limit):
+        return None
+    slope = 1 / float(limit - np.nextafter(limit, np.float32(0)))
+    return slope if slope <= _STEEP else None
 
 
 def keep(g: Emitter, dy: gs.Tensor, condition: gs.Tensor) -> gs.Tensor:

@@ -21,6 +21,28 @@ def sigmoid(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     return [g.mul(dy, g.mul(y, g.sub(g.like(y, 1), y)))]
 
 
+@vjp("Tanh", versions=(13,))
+def tanh(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dx = dy (1 - y^2)"""
+    (y,) = node.outputs
+    return [g.mul(dy, g.sub(g.like(y, 1), g.mul(y, y)))]
+
+
+@vjp("Softplus", versions=(1, 22))
+def softplus(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = log(1 + exp(x)); dx = dy sigmoid(x)"""
+    (x,) = node.inputs
+    return [g.mul(dy, g.sigmoid(x))]
+
+
+@vjp("Elu", versions=(6, 22))
+def elu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = alpha (exp(x) - 1) where x <= 0; dx = dy where x > 0, else dy (y + alpha)"""
+    (x,), (y,) = node.inputs, node.outputs
+    slope = g.add(y, g.like(y, node.attrs["alpha"]))
+    return [g.where(g.greater(x, g.like(x, 0)), dy, g.mul(dy, slope))]
+
+
 @vjp("Clip", versions=(13,))
 def clip(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dx = dy inside the bounds; at a bound dy, but 0 where the lower bound is 0: that is ReLU or ReLU6."""
@@ -43,7 +65,7 @@ def _relu6(g: Emitter, dy: gs.Tensor, y: gs.Tensor, high: gs.Tensor) -> gs.Tenso
     return masks.keep(g, dy, g.less(y, high))
 
 
-@vjp("LeakyRelu", versions=(6, 16))
+@vjp("LeakyRelu", versions=(16,))
 def leaky_relu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dx = dy where x > 0, else alpha dy"""
     (x,) = node.inputs
