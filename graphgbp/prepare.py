@@ -223,11 +223,11 @@ def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorTy
 
 
 def _to_proto(node: gs.Node) -> onnx.NodeProto:
-    attributes = {
-        key: numpy_helper.from_array(value.values) if isinstance(value, gs.Constant) else value
-        for key, value in node.attrs.items()
-    }
-    attributes = {key: elem_type(value) if isinstance(value, type) else value for key, value in attributes.items()}
+    attributes: dict[str, Any] = {}
+    for key, value in node.attrs.items():
+        if isinstance(value, gs.Constant):
+            value = numpy_helper.from_array(value.values)
+        attributes[key] = elem_type(value) if isinstance(value, type) else value
     return helper.make_node(
         node.op,
         [tensor.name for tensor in node.inputs],
