@@ -7,9 +7,11 @@ under every map, and a map of zeros is shown as such, never amplified.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -175,7 +177,7 @@ def _guided_tile(values: np.ndarray, style: str, channels: str) -> Tile:
 def _colour_tile(values: np.ndarray, channels: str) -> Tile:
     pixels, scale = colour(values)
     photo_order = pixels[..., ::-1] if channels == "BGR" else pixels
-    caption = f"mean {_number(scale['mean'])}, standard deviation {_number(scale['std'])}"
+    caption = f"mean {number(scale['mean'])}, std {number(scale['std'])}"
     return Tile("", np.broadcast_to(photo_order, (*values.shape[:2], 3)), caption, scale=scale)
 
 
@@ -190,7 +192,7 @@ def _one_channel_tile(values: np.ndarray, sign: str) -> Tile:
 
 def _broken_tile(values: np.ndarray) -> Tile:
     share = 100 * (~np.isfinite(values)).mean()
-    caption = f"{share:.3g} % of the values are infinite or not a number"
+    caption = f"{number(share)} % of the values are infinite or not a number"
     return Tile("", np.full((*values.shape[:2], 3), 0.5), caption, stamp="not finite")
 
 
@@ -198,8 +200,9 @@ def _bar(end: float, signed: bool) -> Bar:
     return Bar(_DIVERGING, -end, end) if signed else Bar(_SEQUENTIAL, 0.0, end)
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+def number(value: float, digits: int = 3) -> str:
+    """A value as it is written under a map."""
+    return f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")
 
 
 # -- the panel: sizes in inches ---------------------------------------------------------------------------------
@@ -209,6 +212,8 @@ _HEADER, _HEADING, _FOOTER = 0.88, 0.34, 0.46
 _BAR = 0.07
 _DPI = 160
 _INK, _FAINT = "#1b1b1f", "#5f5f68"
+_TITLE: dict[str, Any] = {"fontsize": 17, "weight": "bold", "color": _INK}
+_SUBTITLE: dict[str, Any] = {"fontsize": 10.5, "color": _FAINT}
 
 
 def draw(tiles: Sequence[Tile], title: str, subtitle: str = "") -> "Figure":
@@ -222,12 +227,21 @@ def draw(tiles: Sequence[Tile], title: str, subtitle: str = "") -> "Figure":
     height = _HEADER + _HEADING + tile_height + _FOOTER
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    left = _MARGIN / width
-    figure.text(left, 1 - 0.42 / height, title, fontsize=17, weight="bold", color=_INK, parse_math=False)
-    figure.text(left, 1 - 0.70 / height, subtitle, fontsize=10.5, color=_FAINT, parse_math=False)
+    with _letters_may_be_missing():
+        _write(figure, title, 0.42, _TITLE)
+        _write(figure, subtitle, 0.70, _SUBTITLE)
     for index, tile in enumerate(tiles):
         _place(figure, tile, _MARGIN + index * (_WIDTH + _GAP), tile_height)
     return figure
+
+
+def _write(figure: "Figure", text: str, below: float, style: dict[str, Any]) -> None:
+    """A line `below` the upper edge; what does not fit is left out at its end."""
+    width, height = figure.get_size_inches()
+    line = figure.text(_MARGIN / width, 1 - below / height, text, parse_math=False, **style)
+    while (excess := line.get_window_extent().width / _DPI / (width - 2 * _MARGIN)) > 1:
+        text = text[: min(len(text) - 1, int(len(text) / excess))]
+        line.set_text(f"{text}\N{HORIZONTAL ELLIPSIS}")
 
 
 def _place(figure: "Figure", tile: Tile, left: float, tile_height: float) -> None:
@@ -252,12 +266,21 @@ def _place_bar(figure: "Figure", bar: Bar, left: float) -> None:
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=bar.colours, aspect="auto")
     axes.set_axis_off()
     right = (left + _WIDTH) / width
-    figure.text(left / width, 0.16 / height, _number(bar.low), fontsize=9.5, color=_FAINT)
-    figure.text(right, 0.16 / height, _number(bar.high), fontsize=9.5, color=_FAINT, ha="right")
+    figure.text(left / width, 0.16 / height, number(bar.low), fontsize=9.5, color=_FAINT)
+    figure.text(right, 0.16 / height, number(bar.high), fontsize=9.5, color=_FAINT, ha="right")
 
 
 def png(figure: "Figure") -> bytes:
     """The content of the figure's PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with _letters_may_be_missing():
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+@contextmanager
+def _letters_may_be_missing() -> Iterator[None]:
+    """A box is drawn for a letter that the font lacks, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield

@@ -127,7 +127,7 @@ class Album:
         self._entries: list[dict[str, Any]] = []
         panel.require_style(style)
         require_place(folder, names, force)
-        make_folder(self.folder)
+        self._order = {name: n for n, name in enumerate(names)}
 
     def add(
         self,
@@ -143,7 +143,11 @@ class Album:
 
         Raises OutputError where a file cannot be written, ImageError where a photo does not fit its maps.
         """
+        unknown = [name for name in names if name not in self._order]
+        if unknown:
+            raise RequestError(f"'{unknown[0]}' is not among the names this album was made for")
         _require_one_each(len(result.images), names=names, photos=photos, sources=sources)
+        make_folder(self.folder)
         self._manifest = result.manifest
         entries = []
         for n, fact in enumerate(facts(result, self._class_names)):
@@ -161,8 +165,9 @@ class Album:
         return entries
 
     def describe(self) -> dict[str, Any]:
-        """The index as plain data."""
-        index: dict[str, Any] = {"graphgbp": __version__, "style": self._style, "images": self._entries}
+        """The index as plain data; images in the order of the names."""
+        images = sorted(self._entries, key=lambda entry: self._order[entry["name"]])
+        index: dict[str, Any] = {"graphgbp": __version__, "style": self._style, "images": images}
         if self._manifest is not None:
             manifest = self._manifest
             index |= {"model": manifest.source, "score": manifest.score, "target_layer": manifest.target_layer}
@@ -229,7 +234,11 @@ class Fact:
     @property
     def subtitle(self) -> str:
         number = [f"class {self.class_index}"] if self.class_name else []
-        value = f"score {self.score:.4g}" if self.probability is None else f"probability {self.probability:.3f}"
+        value = (
+            f"score {panel.number(self.score, 4)}"
+            if self.probability is None
+            else f"probability {self.probability:.3f}"
+        )
         return " · ".join([*number, value])
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,12 +73,12 @@ def explain(model: str, images: tuple[str, ...], out: str, as_json: bool, **opti
         channels=job.recipe.channels,
         force=options["force"],
     )
-    entries = list(_explain_all(job, album, photos, names, options["batch_size"]))
+    _explain_all(job, album, photos, names, options["batch_size"])
     index = album.finish()
     if as_json:
         console.print_json(_document(job, album, index))
     else:
-        _print_summary(job, album, index, entries)
+        _print_summary(job, album, index)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Job:
 
 def _prepare(model: str, options: dict[str, Any]) -> Job:
     from graphgbp.explainer import Explainer
-    from graphgbp.recipe import ImageInput, read_class_names
+    from graphgbp.recipe import ImageInput
 
     layer = {} if options["layer"] is None else {"target_layer": options["layer"]}
     with console.progress(f"converting {model}"):
@@ -110,14 +110,22 @@ def _prepare(model: str, options: dict[str, Any]) -> Job:
     told = explainer.input
     spec = ImageInput.from_shape(told["name"], told["shape"], told["dtype"], told["layout"])
     recipe, preprocessing = _recipe(model, options["preprocess"], spec)
-    file = options["classes_file"]
-    class_names = read_class_names(file) if file else recipe.read_class_names()
-    if class_names and explainer.classes not in (None, len(class_names)):
-        source = file or recipe.class_names
-        raise RequestError(f"'{source}' names {len(class_names)} classes, and the model has {explainer.classes}")
+    class_names = _class_names(model, options["classes_file"], recipe, explainer.classes)
     target = None if options["wanted"] is None else find_class(options["wanted"], class_names)
     top = options["top"] and min(options["top"], explainer.classes or options["top"])
     return Job(explainer, spec, recipe, preprocessing, class_names, target, top)
+
+
+def _class_names(model: str, file: str | None, recipe: "Recipe", classes: int | None) -> list[str] | None:
+    """From the file given, else from the recipe, else, under a preset, from the recipe beside the model."""
+    from graphgbp.recipe import Recipe, read_class_names, recipe_beside
+
+    beside = None if recipe.class_names else recipe_beside(model)
+    path = file or recipe.class_names or (Recipe.load(beside).class_names if beside else None)
+    names = read_class_names(path) if path else None
+    if names and classes not in (None, len(names)):
+        raise RequestError(f"'{path}' names {len(names)} classes, and the model has {classes}")
+    return names
 
 
 def _recipe(model: str, asked: str | None, spec: "ImageInput") -> tuple["Recipe", str]:
@@ -139,9 +147,7 @@ def _recipe(model: str, asked: str | None, spec: "ImageInput") -> tuple["Recipe"
     return Recipe.load(path), str(path)
 
 
-def _explain_all(
-    job: Job, album: "Album", photos: Sequence[Path], names: Sequence[str], size: int
-) -> Iterator[dict[str, Any]]:
+def _explain_all(job: Job, album: "Album", photos: Sequence[Path], names: Sequence[str], size: int) -> None:
     from graphgbp.cli.photos import batches
 
     with console.progress("explaining", len(photos)) as advance:
@@ -149,7 +155,7 @@ def _explain_all(
             results = _ranked(job, batch.images) if job.top else [job.explainer.explain(batch.images, job.target)]
             for rank, result in enumerate(results, start=1):
                 files = [f"{name}-top{rank}" for name in batch.names] if job.top else batch.names
-                yield from album.add(result, files, batch.photos, batch.files)
+                album.add(result, files, batch.photos, batch.files)
             advance(len(batch.names))
 
 
@@ -173,7 +179,8 @@ def _document(job: Job, album: "Album", index: Path) -> dict[str, Any]:
     }
 
 
-def _print_summary(job: Job, album: "Album", index: Path, entries: Sequence[dict[str, Any]]) -> None:
+def _print_summary(job: Job, album: "Album", index: Path) -> None:
+    entries = album.describe()["images"]
     kinds = {key for entry in entries for row in entry["top"] for key in row if key in ("probability", "score")}
     table = console.table("photo", "class", kinds.pop() if kinds else "score", "panel")
     for file, group in groupby(entries, key=lambda entry: entry["file"]):

@@ -26,7 +26,7 @@ class Batch:
 
 
 def find_photos(arguments: Sequence[str]) -> list[Path]:
-    """The photos named, and those in the folders named.
+    """The photos named, and those in the folders named, each once.
 
     Raises ImageError for what is not there, is no image, or a folder without any.
     """
@@ -39,6 +39,7 @@ def find_photos(arguments: Sequence[str]) -> list[Path]:
             found += inside
         else:
             found.append(path)
+    found = list(dict.fromkeys(found))
     for path in found:
         require_photo(path)
     return found
