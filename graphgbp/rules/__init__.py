@@ -1,5 +1,27 @@
 """The derivative rules, one family of operators per file. Importing the package fills the registry."""
 
-from graphgbp.rules import activation, elementwise
+from graphgbp.rules import (
+    activation,
+    convolution,
+    elementwise,
+    indexing,
+    linear,
+    movement,
+    nondifferentiable,
+    normalization,
+    pooling,
+    reduction,
+)
 
-__all__ = ["activation", "elementwise"]
+__all__ = [
+    "activation",
+    "convolution",
+    "elementwise",
+    "indexing",
+    "linear",
+    "movement",
+    "nondifferentiable",
+    "normalization",
+    "pooling",
+    "reduction",
+]
