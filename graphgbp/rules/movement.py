@@ -106,10 +106,10 @@ def _arguments(tensors: list[gs.Tensor], rank: int) -> tuple[list[int], list[int
 
 def _first(g: Emitter, start: int, step: int, size: gs.Tensor, count: gs.Tensor) -> gs.Tensor:
     """int64 [1]: the lowest index that Slice takes; anything in [0, size] where it takes none."""
-    last = size if step > 0 else g.sub(size, g.ints([1]))
-    begin = g.minimum(g.ints([start]), last) if start >= 0 else g.maximum(g.add(size, g.ints([start])), g.ints([0]))
     if start == 0 and step > 0:
         return g.ints([0])
+    last = size if step > 0 else g.sub(size, g.ints([1]))
+    begin = g.minimum(g.ints([start]), last) if start >= 0 else g.maximum(g.add(size, g.ints([start])), g.ints([0]))
     if step > 0:
         return begin
     lowest = g.add(begin, g.mul(g.sub(count, g.ints([1])), g.ints([step])))

@@ -66,7 +66,8 @@ def test_ties_share_in_equal_parts(op, reference):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_where(shapes, dynamic):
-    condition = normal(*torch.broadcast_shapes(*shapes)[-2:-1], 1, seed=5) > 0
+    rows = torch.broadcast_shapes(*shapes)[-2]
+    condition = np.arange(rows)[:, None] % 2 == 0
     a, b = (normal(*shape, seed=index) for index, shape in enumerate(shapes))
     check_rule("Where", [condition, a, b], torch.where, wrt=(1, 2), constants=[], dynamic=dynamic)
 
