@@ -1,8 +1,10 @@
 import numpy as np
+import onnx
 import pytest
 import torch
 
 import graphgbp
+from graphgbp.errors import UnsupportedOperatorError
 from tests.rules.harness import check_rule, normal, single_op
 
 BIASES = [None, (), (1,), (4,), (3, 1), (1, 4), (3, 4)]
@@ -78,3 +80,14 @@ def test_matmul_with_a_constant_in_double(wrt, opset):
 def test_plain_matrices_need_no_transpose(op):
     model = graphgbp.vjp(single_op(op, [normal(3, 5), normal(5, 4)], opset=18))
     assert [node.op_type for node in model.graph.node[1:]] == ["Gemm", "Gemm", "Identity", "Identity"]
+
+
+def test_an_unknown_rank_is_refused():
+    model = single_op("MatMul", [normal(3, 5), normal(5, 4)], opset=18, constants=[1])
+    reshape = onnx.helper.make_node("Reshape", ["x0", "shape"], ["reshaped"])
+    model.graph.node.insert(0, reshape)
+    model.graph.node[1].input[0] = "reshaped"
+    model.graph.input.append(onnx.helper.make_tensor_value_info("shape", onnx.TensorProto.INT64, ["rank"]))
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(UnsupportedOperatorError, match="'node': the rank of its input 'reshaped' cannot be inferred"):
+        graphgbp.vjp(model, inputs=["x0"])
