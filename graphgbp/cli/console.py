@@ -110,7 +110,7 @@ def progress(task: str, total: int | None = None) -> Iterator[Callable[[int], No
     if not console.is_terminal:
         yield lambda steps: None
         return
-    bar = _bar(console)
+    bar = _bar(console, counted=total is not None)
     number = bar.add_task(task, total=total)
     timer = threading.Timer(PATIENCE, bar.start)
     timer.daemon = True
@@ -123,11 +123,13 @@ def progress(task: str, total: int | None = None) -> Iterator[Callable[[int], No
         bar.stop()
 
 
-def _bar(console: "Console") -> "Progress":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _bar(console: "Console", counted: bool) -> "Progress":
+    from rich import progress as bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+    count = (bars.MofNCompleteColumn(), bars.TimeRemainingColumn()) if counted else (bars.TimeElapsedColumn(),)
+    return bars.Progress(
+        bars.TextColumn("{task.description}"), bars.BarColumn(), *count, console=console, transient=True
+    )
 
 
 def split_words(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:

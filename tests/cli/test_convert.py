@@ -1,0 +1,104 @@
+import errno
+import json
+import os
+import sys
+
+import onnx
+import pytest
+
+import graphgbp
+from graphgbp.conversion import RECTIFIERS, TARGETS
+from graphgbp.heads import INTERPOLATE_MODES
+from graphgbp.model_file import read_manifest
+from graphgbp.target import SCORES
+from tests.cli.conftest import refused
+
+
+def test_writes_what_convert_makes(run, folder):
+    result = run("convert", "model.onnx", "-o", "out.onnx")
+    assert result.exit_code == 0 and result.stderr == ""
+    for words in ("wrote", "out.onnx", "guided_gradcam", "2 masked by the guided rule", "layer"):
+        assert words in result.stdout
+    assert (folder / "out.onnx").read_bytes() == graphgbp.convert("model.onnx").SerializeToString(deterministic=True)
+
+
+def test_every_option_reaches_convert(run, folder):
+    arguments = ["--methods", "gradcam,saliency", "--methods", "deconvnet", "--layer", "r1", "--score", "probability"]
+    arguments += ["--target", "optional", "--rectifiers", "all", "--interpolate-mode", "nearest"]
+    arguments += ["--no-relu-attributions", "--input-name", "x", "--output-name", "y"]
+    assert run("convert", "model.onnx", "-o", "out.onnx", *arguments).exit_code == 0
+    expected = graphgbp.convert(
+        "model.onnx",
+        ["gradcam", "saliency", "deconvnet"],
+        target_layer="r1",
+        score="probability",
+        target="optional",
+        rectifiers="all",
+        interpolate_mode="nearest",
+        relu_attributions=False,
+        input="x",
+        output="y",
+    )
+    assert (folder / "out.onnx").read_bytes() == expected.SerializeToString(deterministic=True)
+
+
+def test_the_choices_are_the_librarys():
+    command = sys.modules["graphgbp.cli.convert"]
+    offered = (command.SCORES, command.TARGETS, command.RECTIFIERS, command.INTERPOLATE_MODES)
+    assert offered == (SCORES, TARGETS, RECTIFIERS, tuple(INTERPOLATE_MODES))
+
+
+def test_json_is_one_document(run, folder):
+    result = run("convert", "model.onnx", "-o", "out.onnx", "--json")
+    document = json.loads(result.stdout)
+    assert document["out"] == "out.onnx" and document["out_bytes"] == (folder / "out.onnx").stat().st_size
+    manifest = read_manifest(onnx.load(folder / "out.onnx"))
+    assert document["manifest"]["source"] == manifest.source and result.stderr == ""
+
+
+def test_an_existing_output_needs_force(run, folder):
+    (folder / "out.onnx").write_text("precious")
+    refused(run("convert", "model.onnx", "-o", "out.onnx"), 8, "'out.onnx' already exists", "--force")
+    assert (folder / "out.onnx").read_text() == "precious"
+    assert run("convert", "model.onnx", "-o", "out.onnx", "--force").exit_code == 0
+    assert read_manifest(onnx.load(folder / "out.onnx")) is not None
+
+
+def test_places_that_cannot_be_written(run, folder):
+    before = (folder / "model.onnx").read_bytes()
+    refused(run("convert", "model.onnx", "-o", "model.onnx", "--force"), 8, "is the model itself")
+    assert (folder / "model.onnx").read_bytes() == before
+    refused(run("convert", "model.onnx", "-o", "."), 8, "is a folder")
+    refused(run("convert", "model.onnx", "-o", "none/out.onnx"), 8, "no folder 'none'")
+
+
+def test_a_full_disk_leaves_nothing(run, folder, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = set(folder.iterdir())
+    monkeypatch.setattr("os.replace", full)
+    refused(run("convert", "model.onnx", "-o", "out.onnx"), 8, "out.onnx", "No space left on device")
+    assert set(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["missing.onnx"], 3, ["missing.onnx"]),
+        (["photo.png"], 3, ["photo.png", "not an ONNX file"]),
+        (["cut.onnx"], 3, ["cut.onnx"]),
+        (["model.onnx", "--layer", "r3"], 5, ["r3"]),
+        (["model.onnx", "--methods", "gradcam,smoothgrad"], 5, ["'smoothgrad'", "guided_backprop"]),
+        (["model.onnx", "--input-name", "photo"], 5, ["photo"]),
+    ],
+)
+def test_refused_with_one_line(run, folder, arguments, code, words):
+    (folder / "cut.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-100])
+    refused(run("convert", *arguments, "-o", "out.onnx"), code, *words)
+    assert not (folder / "out.onnx").exists()
+
+
+def test_a_converted_file_is_refused(run, folder):
+    run("convert", "model.onnx", "-o", "out.onnx")
+    refused(run("convert", "out.onnx", "-o", "again.onnx"), 3, "out.onnx", "already converted")

@@ -1,0 +1,43 @@
+import json
+
+import onnx
+import pytest
+
+import graphgbp
+from tests.build import model
+from tests.cli.conftest import refused
+
+
+def test_says_what_can_be_explained(run, folder):
+    result = run("inspect", "model.onnx")
+    assert result.exit_code == 0 and result.stderr == ""
+    for words in ("x  float", "[N, 3, 8, 8]  NCHW", "5 classes", "before Softmax", "2 Relu", "can be explained"):
+        assert words in result.stdout
+    chosen = [line for line in result.stdout.splitlines() if line.startswith(" *")]
+    assert len(chosen) == 1 and " r2 " in chosen[0]
+    assert not [line for line in result.stdout.splitlines() if line != line.rstrip()]
+
+
+def test_json_is_the_inspection(run, folder):
+    result = run("inspect", "model.onnx", "--json")
+    assert json.loads(result.stdout) == json.loads(json.dumps(graphgbp.inspect("model.onnx").to_dict()))
+
+
+def test_a_converted_file_says_what_it_holds(run, folder):
+    run("convert", "model.onnx", "-o", "out.onnx")
+    text = run("inspect", "out.onnx").stdout
+    assert f"by graphgbp {graphgbp.__version__}: guided_backprop, gradcam, guided_gradcam" in text
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_a_gap_is_shown(run, folder, json_flag):
+    onnx.save(model(["d = Det(x)", "y = Identity(d)"], {"x": ["N", 4, 3, 3]}, ["y"]), folder / "gap.onnx")
+    result = run("inspect", "gap.onnx", *json_flag)
+    assert result.exit_code == 0 and "Det" in result.stdout
+    if not json_flag:
+        assert "cannot be explained as it is" in result.stdout and "1 node(s) without a rule" in result.stdout
+
+
+def test_no_model_is_refused(run, folder):
+    refused(run("inspect", "photo.png"), 3, "photo.png", "not an ONNX file")
+    refused(run("inspect", "none.onnx", "--json"), 3, "none.onnx")
