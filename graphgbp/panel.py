@@ -171,7 +171,7 @@ def _guided_tile(values: np.ndarray, style: str, channels: str) -> Tile:
     if style == "auto":
         style = "colour" if coloured else "absolute"
     tile = _colour_tile(values, channels) if style == "colour" else _one_channel_tile(values, style)
-    return tile if values.any() else replace(tile, caption="no pixel has any influence", bar=None, stamp=ALL_ZERO)
+    return tile if values.any() else replace(tile, caption="every value is 0", bar=None, stamp=ALL_ZERO)
 
 
 def _colour_tile(values: np.ndarray, channels: str) -> Tile:
@@ -192,7 +192,7 @@ def _one_channel_tile(values: np.ndarray, sign: str) -> Tile:
 
 def _broken_tile(values: np.ndarray) -> Tile:
     share = 100 * (~np.isfinite(values)).mean()
-    caption = f"{number(share)} % of the values are infinite or not a number"
+    caption = f"{number(share)} % of its values are not finite"
     return Tile("", np.full((*values.shape[:2], 3), 0.5), caption, stamp="not finite")
 
 

@@ -121,7 +121,7 @@ def test_what_is_not_finite_says_so():
     values = attribution()
     values[0, 0, 0] = np.nan
     tile = tile_of("saliency", values)
-    assert tile.stamp == "not finite" and tile.caption == "0.185 % of the values are infinite or not a number"
+    assert tile.stamp == "not finite" and tile.caption == "0.185 % of its values are not finite"
 
 
 def test_diverging_colours_are_centred_on_zero():

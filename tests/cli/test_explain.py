@@ -10,7 +10,7 @@ from PIL import Image
 from graphgbp import Explainer, Recipe
 from graphgbp.panel import STYLES
 from graphgbp.recipe import PRESETS, ImageInput
-from tests.build import small_cnn
+from tests.build import drawn, model, small_cnn
 from tests.cli.conftest import CLASSES, ROOT, refused
 
 SPEC = ImageInput.from_shape("x", ["N", 3, 8, 8])
@@ -172,13 +172,18 @@ def test_refused_with_one_line_and_nothing_written(run, folder, arguments, code,
     assert not (folder / "out").exists()
 
 
-def test_models_that_take_no_photo(run, folder):
-    onnx.save(small_cnn(size=3), folder / "tiny.onnx")
-    grey = onnx.load("model.onnx")
-    grey.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "channels"
-    onnx.save(grey, folder / "open.onnx")
-    assert run("explain", "open.onnx", "photo.png", "-o", "o1", "--preprocess", "unit").exit_code == 0
-    assert run("explain", "tiny.onnx", "photo.png", "-o", "o2", "--preprocess", "unit").exit_code == 0
+def test_a_layout_that_only_the_operators_tell(run, folder):
+    onnx.save(small_cnn(size=3), folder / "model.onnx")
+    assert explain(run, "photo.png", "--preprocess", "unit").exit_code == 0
+
+
+def test_a_model_that_takes_no_photo_is_refused(run, folder):
+    nodes = ["y = Gemm(x, w)"]
+    onnx.save(model(nodes, {"x": ["N", 12]}, ["y"], {"w": drawn(12, 3)}), folder / "model.onnx")
+    refused(explain(run, "photo.png", "--methods", "saliency"), 6, "'x'", "[N, 12]", "no batch of images")
+    nodes = ["r = Relu(x)", "f = Flatten(r)", "y = MatMul(f, w)"]
+    onnx.save(model(nodes, {"x": ["N", 3, 8, 3]}, ["y"], {"w": drawn(72, 2)}), folder / "model.onnx")
+    refused(explain(run, "photo.png", "--methods", "saliency"), 6, "[N, 3, 8, 3]", "could be channels")
 
 
 def test_class_and_top_exclude_each_other(run, folder):
