@@ -9,7 +9,7 @@ WORKERS ?= 2
 .PHONY: demo test check clean
 
 demo: .venv/installed
-	.venv/bin/graphgbp explain models/efficientnet_lite0.onnx models/coffee.png -o demo/
+	.venv/bin/graphgbp explain models/efficientnet_lite0.onnx models/coffee.png -o demo/ --force
 
 test: .venv-test/installed
 	.venv-test/bin/pytest -n $(WORKERS)

@@ -4,13 +4,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import helper
 
 from graphgbp import model_file
 from graphgbp.conversion import Analysis, ModelLike, raised, weights_folder
-from graphgbp.emit import elem_type
 from graphgbp.errors import GraphgbpError
 from graphgbp.prepare import View, label, prepare
 
@@ -110,7 +109,5 @@ def _layers(analysis: Analysis) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def _describe(tensor: gs.Tensor) -> dict[str, Any]:
-    kind = (
-        None if tensor.dtype is None else helper.tensor_dtype_to_string(elem_type(tensor.dtype)).split(".")[-1].lower()
-    )
+    kind = None if tensor.dtype is None else np.dtype(tensor.dtype).name
     return {"name": tensor.name, "dtype": kind, "shape": None if tensor.shape is None else list(tensor.shape)}

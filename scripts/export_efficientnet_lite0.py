@@ -46,9 +46,7 @@ RECIPE: dict[str, Any] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=model_checksums.MODELS, help="folder to write to")
     out: Path = parser.parse_args().out
 

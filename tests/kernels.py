@@ -56,5 +56,3 @@ def missing_kernels(provider: str, model: onnx.ModelProto, nodes: list[onnx.Node
         for node in nodes
         if not has_kernel(provider, node, opset, types)
     }
-
-

@@ -47,8 +47,8 @@ def test_softmax_says_the_class_axis():
 
 
 CASES = {
-    "classes": (FLAT + ["y = Identity(z)"], 5),
-    "softmax": (FLAT + ["y = Softmax(z)"], 5),
+    "classes": ([*FLAT, "y = Identity(z)"], 5),
+    "softmax": ([*FLAT, "y = Softmax(z)"], 5),
     "pixels": (["y = Conv(x, pixels)"], 5),
     "tokens": (["s = Reshape(x, shape)", "y = Softmax<axis=-1>(s)"], 4),
     "one for two": (["f = Flatten(x)", "z = MatMul(f, one)", "y = Sigmoid(z)"], 2),
@@ -140,7 +140,9 @@ def test_an_oversized_target_fails_for_one_image_too():
 
 def test_the_target_is_required_unless_it_is_made_optional():
     x = drawn(2, 3, 8, 8)
-    session = ort.InferenceSession(graphgbp.convert(small_cnn()).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        graphgbp.convert(small_cnn()).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     with pytest.raises(ValueError, match="target"):
         session.run(None, {"x": x})
     optional = graphgbp.convert(small_cnn(), target="optional")
