@@ -159,7 +159,14 @@ def _scalar(tensor: gs.Tensor) -> float | None:
 
 
 def _is_zero(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and not np.any(tensor.values)
+    """Whether every element is known to be 0, also where the shape is not known (zeros_like)."""
+    if isinstance(tensor, gs.Constant):
+        return not np.any(tensor.values)
+    producer = _producer(tensor)
+    if producer is not None and producer.op == "ConstantOfShape":
+        value = producer.attrs.get("value")
+        return value is None or not np.any(value.values if isinstance(value, gs.Constant) else value)
+    return producer is not None and producer.op == "Expand" and _is_zero(producer.inputs[0])
 
 
 def _near(value: float | None, wanted: float) -> bool:
