@@ -13,26 +13,27 @@ from torch import Tensor, nn
 
 Maps = dict[str, Tensor]
 MapsOf = Callable[[nn.Module, Tensor, Tensor], Maps]
+Score = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of a network, images and targets: one number per image
 
 
 def scores_of(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     return network(images)[torch.arange(len(images)), targets]
 
 
-def gradient(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+def gradient(network: nn.Module, images: Tensor, targets: Tensor, score: Score = scores_of) -> Tensor:
     images = images.clone().requires_grad_()
-    return torch.autograd.grad(scores_of(network, images, targets).sum(), images)[0]
+    return torch.autograd.grad(score(network, images, targets).sum(), images)[0]
 
 
 def layer_values(network: nn.Module, layer: str, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of a module, and the score's gradient with respect to it."""
+    """The output of a module, the last time it runs, and the score's gradient with respect to it."""
     seen: list[Tensor] = []
     hook = network.get_submodule(layer).register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
         score = scores_of(network, images.clone().requires_grad_(), targets).sum()
     finally:
         hook.remove()
-    return seen[0].detach(), torch.autograd.grad(score, seen[0])[0]
+    return seen[-1].detach(), torch.autograd.grad(score, seen[-1])[0]
 
 
 def runs(network: nn.Module, kinds: tuple[type[nn.Module], ...], images: Tensor) -> list[tuple[nn.Module, Tensor]]:
@@ -147,7 +148,7 @@ def with_rectifiers(network: nn.Module, function: type[torch.autograd.Function])
 
 @dataclass(frozen=True)
 class Samples:
-    """float32 images [n, 3, H, W], one class for each, all different, and torch's float64 maps of them."""
+    """float32 images [n, 3, H, W], a class for each, different if there are enough, and torch's float64 maps."""
 
     images: np.ndarray
     targets: np.ndarray
@@ -181,7 +182,7 @@ def settled_samples(
         decided = far_from_kinks(network, exact, images)
         for index, target in enumerate(targets.tolist()):
             sample = {name: value[index] for name, value in maps.items()}
-            taken = target in (known for _, known, _ in kept)
+            taken = classes >= count and target in (known for _, known, _ in kept)
             agrees = all(distance(single[name][index], value) <= 1e-5 for name, value in sample.items())
             if not taken and decided[index] and agrees and alive(sample):
                 kept.append((images[index], target, sample))
