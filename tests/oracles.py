@@ -1,7 +1,7 @@
 """Torch's maps: Captum's, and those of hooks and autograd functions written here. Nothing here knows of graphgbp."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,47 @@ def with_rectifiers(network: nn.Module, function: type[torch.autograd.Function])
                 setattr(parent, name, Rectified(function, 6.0 if isinstance(child, nn.ReLU6) else float("inf")))
                 replaced += 1
     assert replaced, "the network has no nn.ReLU or nn.ReLU6"
+    return network
+
+
+class Sided(torch.autograd.Function):
+    """dx = dy open, and 1(dy > 0) where it is guided: the unit's side of its kinks is told, not found."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, open_: Tensor, bound: float, guided: bool) -> Tensor:
+        ctx.save_for_backward(open_)
+        ctx.guided = guided
+        return x.clamp(0, bound)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (open_,) = ctx.saved_tensors
+        return dy * open_ * ((dy > 0) if ctx.guided else 1), None, None, None
+
+
+class SidedReLU6(nn.Module):
+    def __init__(self, sides: Iterator[Tensor], guided: bool) -> None:
+        super().__init__()
+        self.sides, self.guided = sides, guided
+
+    def forward(self, x: Tensor) -> Tensor:
+        open_ = next(self.sides)
+        told_otherwise = open_ != ((x > 0) & (x < 6))
+        assert told_otherwise.sum() <= 5 and (torch.minimum(x.abs(), (x - 6).abs())[told_otherwise] < 1e-4).all()
+        return Sided.apply(x, open_, 6.0, self.guided)
+
+
+def with_sides(network: nn.Module, sides: Sequence[Tensor], guided: bool) -> nn.Module:
+    """A copy of the network whose nn.ReLU6, in the order they run, go backward through the units in `sides` alone.
+
+    Another runtime's float32 rounding settles on which side of 0 or 6 a unit falls that lies at rounding distance
+    from it. Its word is taken for a handful of such units, and for no other: then its maps can be held to float64.
+    """
+    network, order = copy.deepcopy(network), iter(sides)
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ReLU6):
+                setattr(parent, name, SidedReLU6(order, guided))
     return network
 
 
