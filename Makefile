@@ -1,12 +1,13 @@
-# make demo    explain a bundled photo with a bundled model
-# make test    run the tests
-# make check   format, lint, types, tests
-# make clean   remove what the others made
+# make demo       explain a bundled photo with a bundled model
+# make test       run the tests
+# make check      format, lint, types, tests
+# make mutation   put faults into the rules, one by one, and see that tests notice
+# make clean      remove what the others made
 
 PYTHON ?= python3
 WORKERS ?= 2
 
-.PHONY: demo test check clean
+.PHONY: demo test check mutation clean
 
 demo: .venv/installed
 	.venv/bin/graphgbp explain models/efficientnet_lite0.onnx models/coffee.png -o demo/ --force
@@ -20,6 +21,9 @@ check: .venv-test/installed
 	.venv-test/bin/mypy
 	.venv-test/bin/python scripts/model_checksums.py
 	$(MAKE) test
+
+mutation: .venv-test/installed
+	.venv-test/bin/python scripts/mutate_rules.py
 
 clean:
 	rm -rf .venv .venv-test demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

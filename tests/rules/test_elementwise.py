@@ -6,7 +6,7 @@ import graphgbp
 from graphgbp.errors import UnsupportedOperatorError
 from tests.rules.harness import check_rule, normal, run, single_op
 
-OPSETS = (16, 18, 21, 26)
+OPSETS = (16, 19, 21, 23, 24, 26)  # each has another version of Identity and Cast
 SHAPES = [((2, 3, 4), (2, 3, 4)), ((2, 3, 4), (3, 1)), ((4,), (2, 3, 4)), ((2, 1, 4), (1, 3, 1)), ((), (2, 3))]
 BINARY = [
     ("Add", torch.add),

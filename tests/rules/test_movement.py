@@ -7,7 +7,7 @@ import torch
 import graphgbp
 from tests.rules.harness import assert_close, check_rule, normal, run, single_op
 
-OPSETS = (16, 18, 21, 24, 26)
+OPSETS = (16, 18, 19, 21, 23, 24, 26)  # each has another version of some operator
 LOWEST, HIGHEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
