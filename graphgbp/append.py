@@ -7,41 +7,42 @@ import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
 from graphgbp.emit import Emitter, elem_type
+from graphgbp.model_file import taken_names
+from graphgbp.prepare import View, node_proto
 
 _INITIALIZERS_NEED_NO_INPUT = 4  # the IR version from which an initializer need not be a graph input
 
 
-def append(model: onnx.ModelProto, g: Emitter, inputs: Sequence[gs.Variable], outputs: Sequence[gs.Variable]) -> None:
-    """Add new inputs, outputs and the emitted nodes the outputs need to `model`, in place."""
-    nodes = _live(g.nodes, outputs)
-    read = {tensor.name for node in nodes for tensor in node.inputs}
-    constants = [constant for constant in g.constants.values() if constant.name in read]
+def append(
+    model: onnx.ModelProto, view: View, g: Emitter, inputs: Sequence[gs.Variable], outputs: Sequence[gs.Variable]
+) -> None:
+    """Add new inputs, outputs and the nodes the outputs need, emitted or recomputed, to `model`, in place."""
+    there = taken_names(model)
+    nodes = _live([*view.recomputed, *g.nodes], outputs, there)
+    read = {tensor.name: tensor for node in nodes for tensor in node.inputs}
     graph = model.graph
-    for constant in constants:
+    for constant in read.values():
+        if not isinstance(constant, gs.Constant) or constant.name in there:
+            continue
         value = numpy_helper.from_array(constant.values, constant.name)
         if model.ir_version >= _INITIALIZERS_NEED_NO_INPUT:
             graph.initializer.append(value)
         else:
             graph.node.append(helper.make_node("Constant", [], [constant.name], constant.name, value=value))
-    graph.node.extend(_to_proto(node) for node in nodes)
+    graph.node.extend(node_proto(node) for node in nodes)
     graph.input.extend(_value_info(tensor) for tensor in inputs)
     graph.output.extend(_value_info(tensor) for tensor in outputs)
 
 
-def _live(nodes: Sequence[gs.Node], outputs: Sequence[gs.Variable]) -> list[gs.Node]:
+def _live(nodes: Sequence[gs.Node], outputs: Sequence[gs.Variable], there: set[str]) -> list[gs.Node]:
+    """The nodes that make a tensor which the outputs need and the model does not make itself."""
     needed = {tensor.name for tensor in outputs}
     live = []
     for node in reversed(nodes):
         if any(output.name in needed for output in node.outputs):
             live.append(node)
-            needed.update(tensor.name for tensor in node.inputs)
+            needed.update({tensor.name for tensor in node.inputs if tensor.name} - there)
     return live[::-1]
-
-
-def _to_proto(node: gs.Node) -> onnx.NodeProto:
-    inputs = [tensor.name for tensor in node.inputs]
-    outputs = [tensor.name for tensor in node.outputs]
-    return helper.make_node(node.op, inputs, outputs, node.name, **node.attrs)
 
 
 def _value_info(tensor: gs.Variable) -> onnx.ValueInfoProto:

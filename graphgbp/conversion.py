@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,10 @@ from graphgbp.emit import Emitter
 from graphgbp.errors import GraphgbpError, ModelFileError, RequestError
 from graphgbp.image import Image, find_image
 from graphgbp.layers import Layer
-from graphgbp.model_file import PathLike
-from graphgbp.opset import raise_opset
 from graphgbp.prepare import View, prepare, skeleton
 from graphgbp.rectifiers import Rectifier, find_rectifiers, find_smooth
+from graphgbp.source import ModelLike, open_source, weights_folder
 from graphgbp.target import Score, Seed
-
-ModelLike = PathLike | onnx.ModelProto
 
 DEFAULT_METHODS = (contract.GUIDED_GRADCAM, contract.GRADCAM, contract.GUIDED_BACKPROP)
 TARGETS = ("required", "optional", "weights")
@@ -58,6 +54,11 @@ class Options:
         for name, choices in (("score", targets.SCORES), ("target", TARGETS), ("rectifiers", RECTIFIERS)):
             _one_of(name, getattr(self, name), choices)
         _one_of("interpolate_mode", self.interpolate_mode, tuple(heads.INTERPOLATE_MODES))
+        if self.target_layer != "auto" and not self.needs_layer:
+            raise RequestError(
+                f"target_layer='{self.target_layer}' is where Grad-CAM is taken, and none of "
+                f"{', '.join(self.methods)} is one; leave it out, or ask for gradcam or guided_gradcam"
+            )
 
     @property
     def needs_layer(self) -> bool:
@@ -117,6 +118,7 @@ class Analysis:
 
     def refuse_unexplainable(self) -> None:
         refuse_gaps(self.gaps, self.view)
+        self.score.require_shape()
         if not self.active:
             raise RequestError(
                 f"score '{self.score.tensor.name}' does not depend on input '{self.image.tensor.name}' by any float "
@@ -126,9 +128,9 @@ class Analysis:
 
 def convert(
     model: ModelLike,
-    methods: Sequence[str] = DEFAULT_METHODS,
+    methods: Sequence[str] | None = None,
     *,
-    target_layer: str = "auto",
+    target_layer: str | None = "auto",
     score: str = "auto",
     target: str = "required",
     rectifiers: str = "relu",
@@ -141,7 +143,8 @@ def convert(
 
     Args:
         model: an ONNX file or model.
-        methods: any of `saliency`, `guided_backprop`, `deconvnet`, `gradcam`, `guided_gradcam`.
+        methods: any of `saliency`, `guided_backprop`, `deconvnet`, `gradcam`, `guided_gradcam`; by default
+            `guided_gradcam`, `gradcam` and `guided_backprop`.
         target_layer: where Grad-CAM is taken: a tensor's name, a node's name, or "auto".
         score: what is explained: "auto" and "pre_softmax" take the input of a final Softmax, LogSoftmax or
             Sigmoid, "probability" its output.
@@ -161,8 +164,8 @@ def convert(
         ModelFileError, AlreadyConvertedError, UnsupportedOperatorError, OpsetError, RequestError.
     """
     options = Options(
-        tuple(methods if not isinstance(methods, str) else [methods]),
-        target_layer, score, target, rectifiers, interpolate_mode, relu_attributions, input, output,
+        DEFAULT_METHODS if methods is None else (methods,) if isinstance(methods, str) else tuple(methods),
+        target_layer or "auto", score, target, rectifiers, interpolate_mode, relu_attributions, input, output,
     )  # fmt: skip
     source, record = open_source(model)
     analysis = Analysis(prepare(source, weights_folder(model)), options.score, options.input, options.output)
@@ -179,7 +182,8 @@ def convert(
         **_maps(g, options, analysis, layer, seed),
     }
     outputs = [g.name_output(results[role], names[role]) for role in options.roles()]
-    appended_to(source, g, [target_input], outputs)
+    _name_sizes(dict(zip(options.roles(), outputs, strict=True)), analysis)
+    appended_to(source, analysis.view, g, [target_input], outputs)
     if options.target == "optional":
         _default_target(source, target_input)
     model_file.append_metadata(source, _manifest(options, analysis, layer, names, record))
@@ -218,7 +222,7 @@ def _maps(g: Emitter, options: Options, analysis: Analysis, layer: Layer | None,
         guided = policies.guided(analysis.rule_for, masked)
         maps[contract.GUIDED_BACKPROP] = gradient(image.tensor, guided, "guided")
     if contract.DECONVNET in asked:
-        deconvnet = policies.deconvnet(analysis.rule_for, masked)
+        deconvnet = policies.deconvnet(analysis.rule_for, analysis.rectifiers)
         maps[contract.DECONVNET] = gradient(image.tensor, deconvnet, "deconvnet")
     if layer is not None:
         maps[contract.GRADCAM_FEATURES] = layer.tensor
@@ -237,6 +241,21 @@ def _cams(g: Emitter, options: Options, image: Image, layer: Layer, maps: dict[s
             guided = g.cast(maps[contract.GUIDED_BACKPROP], np.float32)
             cams[contract.GUIDED_GRADCAM] = g.mul(guided, rectified)
         return cams
+
+
+def _name_sizes(outputs: dict[str, gs.Variable], analysis: Analysis) -> None:
+    """Spell the outputs' sizes as the input does: `batch` stays `batch`."""
+    image, score = analysis.image, analysis.score
+    sizes = image.tensor.shape
+    if image.layout is not None and contract.GRADCAM in outputs:
+        outputs[contract.GRADCAM].shape = tuple(
+            1 if axis == "C" else size for axis, size in zip(image.layout, sizes, strict=True)
+        )
+    if contract.GUIDED_GRADCAM in outputs:
+        outputs[contract.GUIDED_GRADCAM].shape = sizes
+    images = score.tensor.shape[0] if score.rank and score.class_axis != 0 else 1
+    for role in {contract.TARGET_CLASS, contract.TARGET_SCORE} & outputs.keys():
+        outputs[role].shape = (images,)
 
 
 def _default_target(model: onnx.ModelProto, target: gs.Variable) -> None:
@@ -292,17 +311,17 @@ def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence
     seeds = {y.name: gs.Variable(names[f"{y.name}_grad"], y.dtype, y.shape) for y in seeded}
     found = backward(g, view, seeds, [x.name for x in wanted], table_of(view), "vjp")
     results = [g.name_output(found.get(x.name) or g.zeros_like(x), names[f"{x.name}_grad"]) for x in wanted]
-    appended_to(source, g, list(seeds.values()), results)
+    appended_to(source, view, g, list(seeds.values()), results)
     model_file.append_metadata(source, Manifest(kind="vjp", graphgbp=__version__, names=names, **record))
     return source
 
 
 def appended_to(
-    model: onnx.ModelProto, g: Emitter, inputs: Sequence[gs.Variable], outputs: Sequence[gs.Variable]
+    model: onnx.ModelProto, view: View, g: Emitter, inputs: Sequence[gs.Variable], outputs: Sequence[gs.Variable]
 ) -> None:
     """Append what was emitted; where ONNX's checker had nothing against the model, it must have nothing now."""
     before = model_file.verdict(skeleton(model))
-    append(model, g, inputs, outputs)
+    append(model, view, g, inputs, outputs)
     after = model_file.verdict(skeleton(model))
     if before is None and after is not None:
         raise GraphgbpError(f"graphgbp made an invalid graph, please report it with the model: {after}")
@@ -313,39 +332,12 @@ def table_of(view: View) -> RuleFor:
     return partial(registry.lookup, opsets=view.opsets)
 
 
-def open_source(model: ModelLike) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """A model of our own to append to, at opset 16 or newer, and what the manifest says of its source."""
-    if isinstance(model, onnx.ModelProto):
-        source = onnx.ModelProto()
-        source.CopyFrom(model)
-        name = "the model"
-    else:
-        source = model_file.load(model)
-        name = f"'{model}'"
-    model_file.refuse_converted(source, name)
-    fingerprint = model_file.fingerprint(model, model_file.external_locations(source))
-    source, opset = raised(source, weights_folder(model))
-    return source, {"source": fingerprint, "opset": opset}
-
-
-def weights_folder(model: ModelLike) -> Path | None:
-    """Where the external data of a model lies; None where nothing says."""
-    return None if isinstance(model, onnx.ModelProto) else Path(model).parent
-
-
-def raised(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto, dict[str, Any] | None]:
-    """The model at opset 16 or newer, and what raising it took; the model itself where it is there already."""
-    versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
-    if not versions:
-        raise ModelFileError("the model imports no ai.onnx opset; export it again")
-    return raise_opset(model, folder)
-
-
 def _choose(names: Sequence[str] | None, tensors: Sequence[gs.Tensor], kind: str) -> list[gs.Tensor]:
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names or ()))
     available = {tensor.name: tensor for tensor in tensors if is_float(tensor)}
     if not available:
         raise ModelFileError(f"the model has no float {kind}: there is nothing to differentiate")
-    for name in names or ():
+    for name in names:
         if name not in available:
             raise RequestError(f"'{name}' is no float {kind} of the model; it has {model_file.describe(available)}")
     return [available[name] for name in names] if names else list(available.values())

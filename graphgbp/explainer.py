@@ -1,6 +1,5 @@
 """Explainer and the one-liners: convert a model where it is still plain, run it on images, hand back the maps."""
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ from google.protobuf.message import EncodeError
 
 from graphgbp import contract, feeds, model_file
 from graphgbp.contract import Manifest
-from graphgbp.conversion import DEFAULT_METHODS, ModelLike, convert, weights_folder
+from graphgbp.conversion import convert
 from graphgbp.errors import (
     GraphgbpError,
     ImageError,
@@ -21,6 +20,7 @@ from graphgbp.errors import (
 )
 from graphgbp.result import Ranked, Result
 from graphgbp.runtime import Answer, Session
+from graphgbp.source import ModelLike, read, weights_folder
 
 __all__ = [
     "DeconvNet",
@@ -72,7 +72,7 @@ class Explainer:
         if manifest is None:
             if "target" in convert_options:
                 raise RequestError("Explainer takes its targets in explain(); target= is an option of graphgbp.convert")
-            self._convert_options = {"methods": DEFAULT_METHODS if methods is None else methods, **convert_options}
+            self._convert_options = {"methods": methods, **convert_options}
             self._session = self._convert(device)
         else:
             _refuse_what_it_lacks(manifest, methods, convert_options)
@@ -193,13 +193,11 @@ def _checked_model(model: ModelLike) -> ModelLike:
                 f"the model keeps its weights in {model_file.describe(missing)}, and nothing says where that is; "
                 "give the path of the model, or read it with onnx.load(path)"
             )
-    elif not isinstance(model, str | os.PathLike):
-        raise RequestError(f"a model is a path or an onnx.ModelProto, and this is {type(model).__name__}")
     return model
 
 
 def _manifest_of(model: ModelLike) -> Manifest | None:
-    return model_file.read_manifest(model if isinstance(model, onnx.ModelProto) else model_file.load(model))
+    return model_file.read_manifest(read(model))
 
 
 def _refuse_what_it_lacks(manifest: Manifest, methods: Sequence[str] | None, options: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphgbp import model_file
-from graphgbp.conversion import Analysis, ModelLike, raised, weights_folder
+from graphgbp.conversion import Analysis
 from graphgbp.errors import GraphgbpError
 from graphgbp.prepare import View, label, prepare
+from graphgbp.source import ModelLike, raised, read, weights_folder
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def inspect(model: ModelLike) -> Inspection:
 
     Raises ModelFileError where it is no usable ONNX model, OpsetError where it cannot be raised to opset 16.
     """
+    source = read(model)
     path = None if isinstance(model, onnx.ModelProto) else Path(model)
-    source = model if isinstance(model, onnx.ModelProto) else model_file.load(model)
     manifest = model_file.read_manifest(source)
     ours, record = raised(source, weights_folder(model))
     view = prepare(ours, weights_folder(model))

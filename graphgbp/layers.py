@@ -51,27 +51,56 @@ class Layer:
 
 
 def channel_axes(view: View, image: gs.Tensor, layout: str | None) -> dict[str, int]:
-    """The channel axis of every tensor whose layout is known: set by convolutions, moved by Transpose, else kept."""
+    """The channel axis of every tensor whose layout is known: set by convolutions, moved by Transpose, else kept.
+
+    First from what makes a tensor, then, where that does not tell, from what reads it.
+    """
     axes = {} if layout is None else {image.name: layout.index("C")}
     for node in view.graph.nodes:
         axis = _channel_axis(node, axes)
         if axis is not None:
             axes.update((output.name, axis) for output in node.outputs if output.name)
+    for node in reversed(view.graph.nodes):
+        for x, axis in _told_by_reader(node, axes):
+            axes.setdefault(x.name, axis)
     return axes
+
+
+def _told_by_reader(node: gs.Node, axes: dict[str, int]) -> list[tuple[gs.Tensor, int]]:
+    """The inputs whose channel axis follows from the node that reads them."""
+    x = node.inputs[0] if node.inputs else None
+    if x is None or not isinstance(x, gs.Variable) or not node.outputs:
+        return []
+    if node.op in _CHANNELS_FIRST:
+        return [(x, 1)]
+    axis = axes.get(node.outputs[0].name)
+    if axis is None or node.op in _RESHAPING:
+        return []
+    if node.op == "Transpose":
+        return [(x, _perm(node)[axis])]
+    return [(x, axis) for x in node.inputs if isinstance(x, gs.Variable) and _same_rank(x, node.outputs[0])]
 
 
 def _channel_axis(node: gs.Node, axes: dict[str, int]) -> int | None:
     if node.op in _CHANNELS_FIRST:
         return 1
     known = [(x, axes[x.name]) for x in node.inputs if x.name in axes]
+    if known and node.op == "MatMul" and known[0][0] is node.inputs[0] and known[0][1] == len(known[0][0].shape) - 1:
+        return known[0][1]  # a dense layer over channels that stand last
     if not known or node.op in _RESHAPING or not node.outputs:
         return None
     x, axis = known[0]
     if node.op == "Transpose":
-        perm = node.attrs.get("perm") or list(range(len(x.shape or ())))[::-1]
-        return perm.index(axis) if axis in perm else None
-    same_rank = x.shape is not None and node.outputs[0].shape is not None and len(x.shape) == len(node.outputs[0].shape)
-    return axis if same_rank else None
+        return _perm(node).index(axis)
+    return axis if _same_rank(x, node.outputs[0]) else None
+
+
+def _perm(node: gs.Node) -> list[int]:
+    return node.attrs.get("perm") or list(range(len(node.inputs[0].shape)))[::-1]
+
+
+def _same_rank(x: gs.Tensor, y: gs.Tensor) -> bool:
+    return x.shape is not None and y.shape is not None and len(x.shape) == len(y.shape)
 
 
 def candidates(view: View, image: gs.Tensor, layout: str | None, score: gs.Tensor, rule_for: RuleFor) -> list[Layer]:
@@ -127,7 +156,12 @@ def choose(
         raise RequestError(f"the score does not depend on '{request}', so its gradient is zero; {_advice(layers)}")
     if not tensor.inputs:
         raise RequestError(f"'{request}' is an input or a constant, no layer; {_advice(layers)}")
-    return Layer(tensor, axes.get(tensor.name, 1), "as asked")
+    if tensor.name not in axes:
+        raise RequestError(
+            f"nothing tells which axis of '{request}' {list(tensor.shape)} holds the channels: no convolution or "
+            f"pooling makes or reads it; {_advice(layers)}"
+        )
+    return Layer(tensor, axes[tensor.name], "as asked")
 
 
 def _last(layers: Sequence[Layer]) -> Layer:

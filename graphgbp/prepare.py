@@ -6,6 +6,7 @@ and the nodes come in topological order. Only the view is changed; the model's o
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,9 +17,10 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper, shape_inference
 
+from graphgbp.contract import SCOPE
 from graphgbp.emit import elem_type, type_of
 from graphgbp.errors import ModelFileError
-from graphgbp.model_file import with_small_weights
+from graphgbp.model_file import taken_names, with_small_weights
 from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
 
 _FOLD_LIMIT = 1024
@@ -34,11 +36,16 @@ _RANDOM = {
 
 @dataclass
 class View:
-    """The model as rules read it. `graph.nodes[:]` is in topological order."""
+    """The model as rules read it. `graph.nodes[:]` is in topological order.
+
+    `recomputed` are the nodes among them that the model does not show in its main graph (a taken branch of an If): what
+    a gradient reads of them is computed again.
+    """
 
     graph: gs.Graph
     opsets: dict[str, int]
     tensors: dict[str, gs.Tensor]
+    recomputed: list[gs.Node]
 
     @property
     def opset(self) -> int:
@@ -54,8 +61,9 @@ def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
     graph = gs.import_onnx(model)
     opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     graph.nodes[:] = topological_order(graph)
-    view = View(graph, opsets, {})
-    _read_constants(graph)
+    _refuse_undefined(graph)
+    view = View(graph, opsets, {}, [])
+    _read_constants(graph.nodes)
     _infer(view, model)
     view.tensors = {tensor.name: tensor for tensor in _tensors(graph)}
     for node in graph.nodes:
@@ -122,8 +130,19 @@ def skeleton(model: onnx.ModelProto, limit: int = _FOLD_LIMIT) -> onnx.ModelProt
     return small
 
 
-def _read_constants(graph: gs.Graph) -> None:
+def _refuse_undefined(graph: gs.Graph) -> None:
+    defined = {tensor.name for tensor in graph.inputs}
     for node in graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Variable) and tensor.name and not tensor.inputs and tensor.name not in defined:
+                raise ModelFileError(
+                    f"node '{label(node)}' ({node.op}) reads '{tensor.name}', which nothing makes; "
+                    "export the model again"
+                )
+
+
+def _read_constants(nodes: Iterable[gs.Node]) -> None:
+    for node in nodes:
         if node.op == "Constant" and node.domain in (None, "", "ai.onnx"):
             value = _constant_value(node)
             if value is not None:
@@ -156,23 +175,67 @@ def _infer(view: View, model: onnx.ModelProto) -> None:
     known = _whole_graph_types(model)
     for tensor in view.graph.inputs:
         if tensor.shape is not None:
-            tensor.shape = tuple(
-                size
-                if (isinstance(size, str) and size) or (isinstance(size, int) and size >= 0)
-                else f"{tensor.name}:{axis}"
-                for axis, size in enumerate(tensor.shape)
-            )
-    for node in view.graph.nodes:
-        outputs = [tensor for tensor in node.outputs if tensor.name and isinstance(tensor, gs.Variable)]
-        if not outputs:
+            tensor.shape = _sizes_as_declared(tensor)
+    outer = taken_names(model)
+    waiting, done = deque(view.graph.nodes), []
+    while waiting:
+        node = waiting.popleft()
+        branch = _taken_branch(node)
+        if branch is not None:
+            nodes = _inline(node, branch, outer)
+            _read_constants(nodes)
+            view.recomputed.extend(nodes)
+            waiting.extendleft(reversed(nodes))
             continue
-        types = _node_types(node, view.opsets, known)
-        for tensor in outputs:
-            kind = types.get(tensor.name) or known.get(tensor.name)
-            if kind is not None:
-                tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-                tensor.shape = None if kind.shape is None else tuple(kind.shape)
+        done.append(node)
+        _type_outputs(node, view.opsets, known)
         _fold(node, view.opsets)
+    view.graph.nodes[:] = done
+
+
+def _type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType]) -> None:
+    outputs = [tensor for tensor in node.outputs if tensor.name and isinstance(tensor, gs.Variable)]
+    types = _node_types(node, opsets, known) if outputs else {}
+    for tensor in outputs:
+        kind = types.get(tensor.name) or known.get(tensor.name)
+        if kind is not None:
+            tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        if kind is not None and kind.shape is not None:
+            tensor.shape = tuple(kind.shape)
+        elif tensor.shape is not None:
+            tensor.shape = _sizes_as_declared(tensor)
+
+
+def _sizes_as_declared(tensor: gs.Tensor) -> tuple[int | str, ...]:
+    return tuple(
+        size if (isinstance(size, str) and size) or (isinstance(size, int) and size >= 0) else f"{tensor.name}:{axis}"
+        for axis, size in enumerate(tensor.shape)
+    )
+
+
+def _taken_branch(node: gs.Node) -> gs.Graph | None:
+    """The branch of an If whose condition is known."""
+    if node.op != "If" or node.domain not in (None, "", "ai.onnx") or not isinstance(node.inputs[0], gs.Constant):
+        return None
+    return node.attrs["then_branch" if node.inputs[0].values.reshape(()) else "else_branch"]
+
+
+def _inline(node: gs.Node, branch: gs.Graph, outer: set[str]) -> list[gs.Node]:
+    """A branch's nodes under names of their own, and an Identity to each output of the If."""
+    scope = f"{SCOPE}/recomputed/{label(node)}"
+    tensors = [tensor for child in branch.nodes for tensor in [*child.inputs, *child.outputs]]
+    for tensor in {id(tensor): tensor for tensor in [*tensors, *branch.outputs]}.values():
+        if tensor.name and tensor.name not in outer:
+            tensor.name = f"{scope}/{tensor.name}"
+    for child in branch.nodes:
+        child.name = f"{scope}/{child.name or child.op}"
+    results = list(node.outputs)
+    node.outputs.clear()
+    identities = [
+        gs.Node("Identity", f"{scope}/{index}", inputs=[made], outputs=[result])
+        for index, (made, result) in enumerate(zip(branch.outputs, results, strict=True))
+    ]
+    return [*branch.nodes, *identities]
 
 
 def _whole_graph_types(model: onnx.ModelProto) -> dict[str, TensorType]:
@@ -212,7 +275,7 @@ def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorTy
     types = {tensor.name: type_of(tensor) for tensor in inputs}
     values = {tensor.name: tensor.values for tensor in inputs if _is_small(tensor)}
     try:
-        return infer_node(_to_proto(node), opsets[domain], types, values, known)
+        return infer_node(node_proto(node), opsets[domain], types, values, known)
     except onnx.defs.SchemaError:
         return {}
     except shape_inference.InferenceError as error:
@@ -222,7 +285,7 @@ def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorTy
         ) from None
 
 
-def _to_proto(node: gs.Node) -> onnx.NodeProto:
+def node_proto(node: gs.Node) -> onnx.NodeProto:
     attributes: dict[str, Any] = {}
     for key, value in node.attrs.items():
         if isinstance(value, gs.Constant):
@@ -232,6 +295,7 @@ def _to_proto(node: gs.Node) -> onnx.NodeProto:
         node.op,
         [tensor.name for tensor in node.inputs],
         [tensor.name for tensor in node.outputs],
+        node.name,
         domain=node.domain or "",
         **attributes,
     )
@@ -248,15 +312,28 @@ def _fold(node: gs.Node, opsets: dict[str, int]) -> None:
     (output,) = node.outputs
     if not is_static(output.shape) or int(np.prod(output.shape)) > _FOLD_LIMIT:
         return
-    if node.op in ("Shape", "Size") and is_static(node.inputs[0].shape):
-        shape = np.asarray(node.inputs[0].shape, np.int64)
-        whole = node.op == "Shape"
-        _fix(
-            output,
-            shape[node.attrs.get("start", 0) : node.attrs.get("end")] if whole else np.prod(shape, dtype=np.int64),
-        )
+    if (sizes := _known_sizes(node)) is not None:
+        _fix(output, sizes)
     elif node.inputs and all(tensor.is_empty() or _is_small(tensor) for tensor in node.inputs) and not _has_graph(node):
         _fix(output, _evaluate(node, opsets))
+
+
+def _known_sizes(node: gs.Node) -> np.ndarray | None:
+    """What a Shape, a Size, or a Gather from a Shape gives, where those sizes are known."""
+    if node.op == "Gather" and isinstance(node.inputs[1], gs.Constant):
+        source = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+        sizes = _sizes_told_by(source) if source is not None and source.op == "Shape" else None
+        picked = None if sizes is None else np.asarray(np.asarray(sizes, object)[node.inputs[1].values], object)
+        return picked.astype(np.int64) if picked is not None and is_static(tuple(picked.flat)) else None
+    if node.op not in ("Shape", "Size") or not is_static(sizes := _sizes_told_by(node)):
+        return None
+    known = np.asarray(sizes, np.int64)
+    return known if node.op == "Shape" else np.asarray(known.prod())
+
+
+def _sizes_told_by(node: gs.Node) -> tuple[int | str, ...] | None:
+    shape = node.inputs[0].shape
+    return None if shape is None else tuple(shape)[node.attrs.get("start", 0) : node.attrs.get("end")]
 
 
 def _has_graph(node: gs.Node) -> bool:
@@ -268,7 +345,7 @@ def _evaluate(node: gs.Node, opsets: dict[str, int]) -> np.ndarray:
 
     feeds = {tensor.name: tensor.values for tensor in node.inputs if not tensor.is_empty()}
     graph = helper.make_graph(
-        [_to_proto(node)],
+        [node_proto(node)],
         "constant",
         [helper.make_tensor_value_info(name, elem_type(value.dtype), value.shape) for name, value in feeds.items()],
         [helper.make_tensor_value_info(node.outputs[0].name, elem_type(node.outputs[0].dtype), None)],

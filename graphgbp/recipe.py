@@ -19,7 +19,7 @@ Whether channels come first or last is read off the model.
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -50,6 +50,11 @@ class ImageInput:
     channels: int | None
     layout: Layout
     dtype: np.dtype[Any]
+
+    @classmethod
+    def of(cls, image_input: Mapping[str, Any]) -> "ImageInput":
+        """From `Explainer.input`."""
+        return cls.from_shape(*(image_input[key] for key in ("name", "shape", "dtype", "layout")))
 
     @classmethod
     def from_shape(
@@ -162,6 +167,21 @@ class Recipe:
         values = (ordered * np.float32(self.scale) - mean) / std
         array = values.transpose(2, 0, 1) if spec.layout == "NCHW" else values
         return np.ascontiguousarray(array, spec.dtype), np.asarray(image.convert("RGB"))
+
+    def batch(self, photos: Sequence[PhotoLike], image_input: Mapping[str, Any]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Photos as one batch for the model, [N, C, H, W] or [N, H, W, C], and each as the model sees it.
+
+        `image_input` is `Explainer.input`. Raises ImageError as `prepare` does, or where the model leaves its size open
+        and the photos come out in different sizes.
+        """
+        spec = ImageInput.of(image_input)
+        prepared = [self.prepare(photo, spec) for photo in photos]
+        sizes = {array.shape for array, _ in prepared}
+        if len(sizes) != 1:
+            raise ImageError(
+                f"{len(photos)} photos of {len(sizes)} sizes make no batch; a recipe with a crop gives one size"
+            )
+        return np.stack([array for array, _ in prepared]), [seen for _, seen in prepared]
 
     def _resized(self, image: Image.Image) -> Image.Image:
         if self.resize is None:

@@ -3,15 +3,17 @@
     Relu                               max(x, 0)
     Clip(x, 0), Clip(x, 0, c)          ReLU and ReLU6
     Max(x, 0)
-    Where(x > 0, x, 0)                 and its mirror images
+    Where(x > 0, x, 0), x * (x > 0)    and their mirror images
     LeakyRelu(alpha = 0)
 
 A Clip(x + c/2, 0, c) that is scaled is the gate of a HardSigmoid or HardSwish and no rectifier.
-Smooth and leaky activations are found too: guided backpropagation passes their true gradient unless asked to mask them.
+Smooth and leaky activations are found too, whole or decomposed: guided backpropagation passes their true gradient
+unless asked to mask them. Sigmoid and Tanh are gates and squashing functions, not of this kind.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -92,25 +94,41 @@ def _max(node: gs.Node) -> Rectifier | None:
 
 
 def _where(node: gs.Node) -> Rectifier | None:
-    """Where(x > 0, x, 0) or Where(x < 0, 0, x), the comparison strict or not and either way round."""
-    condition = _producer(node.inputs[0])
-    if condition is None or condition.op not in _MIRRORED:
+    """Where(x > 0, x, 0) or Where(x < 0, 0, x)."""
+    test = _sign_test(node.inputs[0])
+    if test is None:
         return None
-    op, (a, b) = condition.op, condition.inputs
-    if _is_zero(a):
-        op, a, b = _MIRRORED[op], b, a
-    x, zero = (1, 2) if op.startswith("Greater") else (2, 1)
-    if not (_is_zero(b) and node.inputs[x].name == a.name and _is_zero(node.inputs[zero])):
+    x, zero = (1, 2) if test.positive else (2, 1)
+    if node.inputs[x].name != test.x.name or not _is_zero(node.inputs[zero]):
         return None
     return Rectifier(node, "Where(x > 0, x, 0)", x, vanishes=False)
 
 
-_MIRRORED = {
-    "Greater": "Less",
-    "GreaterOrEqual": "LessOrEqual",
-    "Less": "Greater",
-    "LessOrEqual": "GreaterOrEqual",
-}
+def _times_sign(node: gs.Node) -> Rectifier | None:
+    """x * (x > 0)"""
+    for index, other in ((0, 1), (1, 0)):
+        test = _sign_test(node.inputs[other])
+        if test is not None and test.positive and test.x.name == node.inputs[index].name:
+            return Rectifier(node, "x * (x > 0)", index, vanishes=False)
+    return None
+
+
+class _SignTest(NamedTuple):
+    x: gs.Tensor
+    positive: bool
+
+
+def _sign_test(tensor: gs.Tensor) -> _SignTest | None:
+    """What a condition asks of the sign of x: x > 0 or x < 0, strict or not, either way round, cast or not."""
+    node = _producer(tensor)
+    while node is not None and node.op == "Cast":
+        node = _producer(node.inputs[0])
+    if node is None or node.op not in ("Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
+        return None
+    (a, b), greater = node.inputs, node.op.startswith("Greater")
+    if _is_zero(b):
+        return _SignTest(a, greater)
+    return _SignTest(b, not greater) if _is_zero(a) else None
 
 
 def _leaky_relu(node: gs.Node) -> Rectifier | None:
@@ -121,14 +139,49 @@ def _smooth(node: gs.Node) -> Rectifier:
     return Rectifier(node, node.op, vanishes=False)
 
 
+def _softplus(node: gs.Node) -> Rectifier | None:
+    """Softplus, unless it is part of a Mish."""
+    return None if {reader.op for reader in node.outputs[0].outputs} == {"Tanh"} else _smooth(node)
+
+
 def _gated(node: gs.Node) -> Rectifier | None:
-    """x * sigmoid(x) and x * hardsigmoid(x), as exporters decompose SiLU and HardSwish."""
-    names = {"Sigmoid": "x * Sigmoid(x)", "HardSigmoid": "x * HardSigmoid(x)"}
+    """x * gate(x), as exporters decompose SiLU, HardSwish and Mish; a constant factor may stand anywhere."""
     for index, other in ((0, 1), (1, 0)):
-        gate = _producer(node.inputs[other])
-        if gate is not None and gate.op in names and gate.inputs[0].name == node.inputs[index].name:
-            return Rectifier(node, names[gate.op], index, vanishes=False)
+        gate = _gate(node.inputs[other])
+        if gate is not None and gate.x.name == _unscaled(node.inputs[index]).name:
+            return Rectifier(node, f"x * {gate.name}(x)", index, vanishes=False)
     return None
+
+
+class _Gate(NamedTuple):
+    name: str
+    x: gs.Tensor
+
+
+def _gate(tensor: gs.Tensor) -> _Gate | None:
+    """A factor between 0 and a constant that rises with x, and that x."""
+    node = _producer(_unscaled(tensor))
+    if node is None or node.domain not in (None, "", "ai.onnx"):
+        return None
+    if node.op in ("Sigmoid", "HardSigmoid"):
+        return _Gate(node.op, _unscaled(node.inputs[0]))
+    if node.op == "Clip" and _is_gate(node, _scalar(node.inputs[2]) or 0.0 if len(node.inputs) > 2 else 0.0):
+        shift = node.inputs[0].inputs[0]
+        return _Gate("HardSigmoid", _unscaled(next(term for term in shift.inputs if _scalar(term) is None)))
+    if node.op == "Tanh" and (inner := _producer(node.inputs[0])) is not None and inner.op == "Softplus":
+        return _Gate("Tanh(Softplus)", inner.inputs[0])
+    return None
+
+
+def _unscaled(tensor: gs.Tensor) -> gs.Tensor:
+    """The tensor before it was multiplied or divided by a positive constant number."""
+    node = _producer(tensor)
+    if node is None or node.op not in ("Mul", "Div"):
+        return tensor
+    a, b = node.inputs
+    if (_scalar(b) or 0) > 0:
+        return _unscaled(a)
+    return _unscaled(b) if node.op == "Mul" and (_scalar(a) or 0) > 0 else tensor
 
 
 _RECTIFIERS: dict[str, Finder] = {
@@ -137,12 +190,14 @@ _RECTIFIERS: dict[str, Finder] = {
     "Max": _max,
     "Where": _where,
     "LeakyRelu": _leaky_relu,
+    "Mul": _times_sign,
 }
 _SMOOTH: dict[str, Finder] = {
     **dict.fromkeys(
-        ("LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Swish", "Mish", "HardSwish", "Softplus"),
+        ("LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Swish", "Mish", "HardSwish"),
         _smooth,
     ),
+    "Softplus": _softplus,
     "Mul": _gated,
 }
 

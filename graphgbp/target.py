@@ -2,10 +2,10 @@
 
 S_n = z[n, t_n] with z the scores before a final Softmax, LogSoftmax or Sigmoid. Where z has further positions, such as
 pixels, S sums over them, each at its own predicted class where the target is -1. One score for two classes counts as
-z for class 1 and as -z for class 0.
+z for class 1 and as -z for class 0; where a probability is explained, as p and as 1 - p.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,7 +27,10 @@ SCORES = ("auto", "pre_softmax", "probability")
 
 @dataclass(frozen=True)
 class Score:
-    """The tensor that is explained. `class_axis` is None without classes; `two_in_one` marks one score for two."""
+    """The tensor that is explained. `class_axis` is None without classes; `two_in_one` marks one score for two.
+
+    `is_probability`: it is what the final activation gives, and not what that takes.
+    """
 
     tensor: gs.Tensor
     output: str
@@ -35,14 +38,25 @@ class Score:
     class_axis: int | None
     two_in_one: bool
     reason: str
+    is_probability: bool = False
+
+    def require_shape(self) -> None:
+        """Raise UnsupportedError where the rank is not known."""
+        if self.tensor.shape is None:
+            raise UnsupportedError(
+                f"the rank of score tensor '{self.tensor.name}' is unknown, so its class axis is too; "
+                "export the model with shapes"
+            )
 
     @property
     def rank(self) -> int:
         return len(self.tensor.shape)
 
     @property
-    def classes(self) -> Dim:
+    def classes(self) -> Dim | None:
         """How many classes a target may name."""
+        if self.tensor.shape is None:
+            return None
         if self.two_in_one:
             return 2
         return 1 if self.class_axis is None else self.tensor.shape[self.class_axis]
@@ -75,7 +89,10 @@ class Seed:
 
 
 def find_score(view: View, kind: str = "auto", output: str | None = None) -> Score:
-    """The score behind an output (by default the first float one); raises where there is none or none as asked."""
+    """The score behind an output (by default the first float one).
+
+    Raises ModelFileError where there is none, RequestError where there is none as asked.
+    """
     if kind not in SCORES:
         raise RequestError(f"score='{kind}' is unknown; choose one of {', '.join(SCORES)}")
     final = _choose_output(view, output)
@@ -87,11 +104,12 @@ def find_score(view: View, kind: str = "auto", output: str | None = None) -> Sco
                 "LogSoftmax or Sigmoid; leave score out"
             )
         return _score(final, final.name, None, None, f"output '{final.name}' has no final activation")
-    tensor = activation.outputs[0] if kind == "probability" else activation.inputs[0]
+    after = kind == "probability"
+    tensor = activation.outputs[0] if after else activation.inputs[0]
     axis = activation.attrs["axis"] if activation.op != "Sigmoid" else None
-    side = "after" if kind == "probability" else "before"
+    side = "after" if after else "before"
     reason = f"{side} {activation.op} '{label(activation)}', which makes output '{final.name}'"
-    return _score(tensor, final.name, activation.op, axis, reason)
+    return replace(_score(tensor, final.name, activation.op, axis, reason), is_probability=after)
 
 
 def _choose_output(view: View, name: str | None) -> gs.Tensor:
@@ -117,12 +135,7 @@ def _final_activation(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def _score(tensor: gs.Tensor, output: str, activation: str | None, axis: int | None, reason: str) -> Score:
-    if tensor.shape is None:
-        raise UnsupportedError(
-            f"the rank of score tensor '{tensor.name}' is unknown, so its class axis is too; "
-            "export the model with shapes"
-        )
-    rank = len(tensor.shape)
+    rank = len(tensor.shape or ())
     if rank == 0:
         return Score(tensor, output, activation, None, False, reason)
     if axis is None:
@@ -188,13 +201,14 @@ def _class_seed(g: Emitter, score: Score, classes: gs.Tensor) -> Seed:
 
 
 def _two_class_seed(g: Emitter, score: Score, classes: gs.Tensor) -> Seed:
-    z = score.tensor
-    positive = g.greater(z, g.like(z, 0))
+    z, certain = score.tensor, int(score.is_probability)
+    positive = g.greater(z, g.like(z, certain / 2))
     second = g.equal(_per_position(g, score, classes), g.ints([1]))
     one = g.op("Or", g.op("And", _is_predicted(g, score, classes), positive), second)
     cotangent = g.where(one, g.like(z, 1), g.like(z, -1))
     wanted = g.cast(one, np.int64)
-    return Seed(cotangent, _target_class(g, score, classes, wanted), _per_image(g, score, g.mul(z, cotangent)))
+    terms = g.where(one, z, g.sub(g.like(z, certain), z))
+    return Seed(cotangent, _target_class(g, score, classes, wanted), _per_image(g, score, terms))
 
 
 def _sum_seed(g: Emitter, score: Score) -> Seed:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import numpy_helper
 
 import graphgbp
@@ -224,6 +225,7 @@ def test_static_and_dynamic_shapes_give_the_same_maps():
     [
         ({"methods": ["gradcan"]}, "unknown method 'gradcan'"),
         ({"methods": []}, "none given"),
+        ({"methods": ["saliency"], "target_layer": "hardtanh_32"}, "is where Grad-CAM is taken"),
         ({"target_layer": "hardtanh_33"}, "near matches: .*hardtanh_32"),
         ({"target_layer": "logits"}, "no spatial positions"),
         ({"target_layer": "image"}, "no layer"),
@@ -256,6 +258,80 @@ def test_a_foreign_operator_is_refused_by_domain():
     made.opset_import.append(onnx.helper.make_opsetid("com.acme", 1))
     with pytest.raises(graphgbp.UnsupportedOperatorError, match=r"Relu \(com\.acme 1\)"):
         graphgbp.convert(made)
+
+
+def test_operators_of_unknown_shape_are_listed_before_anything_else():
+    nodes = ['a = Einsum<equation="ij->ij">(x)', "b = com.acme.Foo(a)", "y = Relu(b)"]
+    made = model(["a = Relu(x)", "b = Relu(a)", "y = Relu(b)"], {"x": (2, 3)}, ["y"])
+    del made.graph.value_info[:], made.graph.output[0].type.tensor_type.shape.dim[:]
+    made.graph.output[0].type.tensor_type.ClearField("shape")
+    for node, text in zip(made.graph.node, nodes, strict=True):
+        node.CopyFrom(onnx.parser.parse_node(text))
+    made.opset_import.append(onnx.helper.make_opsetid("com.acme", 1))
+    with pytest.raises(graphgbp.UnsupportedOperatorError, match=r"2 nodes(.|\n)*Einsum(.|\n)*Foo \(com\.acme 1\)"):
+        graphgbp.convert(made, ["saliency"])
+    assert [gap["op"] for gap in graphgbp.inspect(made).gaps] == ["Einsum", "Foo"]
+
+
+@pytest.mark.parametrize("opset", [27, 99])
+def test_an_opset_nobody_has_read_is_refused(opset):
+    made = small_cnn()
+    made.opset_import[0].version = opset
+    with pytest.raises(graphgbp.OpsetError, match=rf"opset {opset}.*up to opset 26"):
+        graphgbp.convert(made)
+
+
+def test_a_tensor_nothing_makes_is_named():
+    made = small_cnn()
+    made.graph.node[1].input[0] = "nowhere"
+    with pytest.raises(graphgbp.ModelFileError, match="reads 'nowhere', which nothing makes"):
+        graphgbp.convert(made)
+
+
+@pytest.mark.parametrize("convert", [graphgbp.convert, graphgbp.vjp, graphgbp.inspect, graphgbp.Explainer])
+def test_what_is_no_model_is_refused(convert):
+    with pytest.raises(graphgbp.RequestError, match=r"a model is a path or an onnx\.ModelProto, and this is int"):
+        convert(5)
+
+
+def test_outputs_spell_the_batch_as_the_input_does(explained):
+    first = {x.name: x.type.tensor_type.shape.dim[0].dim_param for x in explained.graph.output}
+    assert {name: first[name] for name in ("target_class", "target_score", *ALL)} == dict.fromkeys(
+        ("target_class", "target_score", *ALL), "batch"
+    )
+
+
+BRANCH = """
+c = If(k) <
+  then_branch = then () => (t) { n = Neg (a)  t = Mul (n, w) },
+  else_branch = otherwise () => (e) { s = Sigmoid (a)  e = Mul (s, s) }
+>"""
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_the_taken_branch_of_a_known_condition_is_differentiated(condition):
+    """Its inner tensors are computed again: the main graph cannot read them."""
+    nodes = ["a = Exp(x)", BRANCH, "y = Relu(c)"]
+    made = model(nodes, {"x": (2, 3)}, ["y"], {"k": np.array(condition), "w": drawn(3)})
+    x, dy = drawn(2, 3, seed=1), drawn(2, 3, seed=2)
+    got = run(graphgbp.vjp(made), {"x": x, "y_grad": dy})["x_grad"]
+    leaf = torch.from_numpy(x).requires_grad_()
+    a = leaf.exp()
+    torch.relu(-a * torch.from_numpy(drawn(3)) if condition else a.sigmoid() ** 2).backward(torch.from_numpy(dy))
+    np.testing.assert_allclose(got, leaf.grad.numpy(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_branch_chosen_at_run_time_is_refused():
+    nodes = ["a = Exp(x)", "m = ReduceSum<keepdims=0>(a)", "k = Greater(m, zero)", BRANCH, "y = Relu(c)"]
+    made = model(nodes, {"x": (2, 3)}, ["y"], {"zero": np.float32(0), "w": drawn(3)})
+    with pytest.raises(graphgbp.UnsupportedOperatorError, match="If"):
+        graphgbp.vjp(made)
+
+
+def test_vjp_takes_a_name_twice_or_alone():
+    made = small_cnn()
+    for inputs in ("x", ["x", "x"]):
+        assert [x.name for x in graphgbp.vjp(made, inputs=inputs).graph.output] == ["y", "x_grad"]
 
 
 def test_no_float_input():

@@ -125,6 +125,40 @@ def test_a_layer_in_channels_last_order():
     np.testing.assert_allclose(there["gradcam"], back["gradcam"], rtol=1e-5, atol=1e-6)
 
 
+def test_a_dense_layer_over_channels_keeps_them_last():
+    """NHWC features behind a dense layer: Grad-CAM by hand."""
+    weights = WEIGHTS | {"d": drawn(4, 6, seed=7), "k": drawn(6, 5, seed=8), "axes": np.array([1, 2])}
+    nodes = [
+        f"a = Conv<{CONV}>(x, w)",
+        "t = Transpose<perm=[0,2,3,1]>(a)",
+        "m = MatMul(t, d)",
+        "n = Relu(m)",
+        "p = ReduceMean<keepdims=0>(n, axes)",
+        "y = MatMul(p, k)",
+    ]
+    made = model(nodes, {"x": ("N", 3, 8, 8)}, ["y"], weights)
+    options = {"target_layer": "n", "relu_attributions": False}
+    got = run(graphgbp.convert(made, ["gradcam"], **options), {"x": drawn(2, 3, 8, 8), "target": np.array([2])})
+    expected = (got["gradcam_features"] * weights["k"][:, 2] / 64).sum(-1)
+    np.testing.assert_allclose(got["gradcam"][:, 0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_whose_channel_axis_nothing_tells():
+    weights = WEIGHTS | {"s": np.array([0, 4, 64, 1]), "back": np.array([0, 4, 8, 8])}
+    tail = ["b = Reshape(a, s)", "n = Relu(b)", "last = Reshape(n, back)", "f = Flatten(last)", "y = ReduceSum(f, one)"]
+    made = model([f"a = Conv<{CONV}>(x, w)", *tail], {"x": ("N", 3, 8, 8)}, ["y"], weights | {"one": np.array([1])})
+    with pytest.raises(graphgbp.RequestError, match=r"which axis of 'n' .* holds the channels"):
+        graphgbp.convert(made, target_layer="n")
+
+
+def test_a_shuffled_layer_is_told_by_the_convolution_that_reads_it():
+    weights = WEIGHTS | {"s": np.array([0, 2, 2, 8, 8]), "back": np.array([0, 4, 8, 8])}
+    shuffle = ["q = Reshape(r, s)", "t = Transpose<perm=[0,2,1,3,4]>(q)", "u = Reshape(t, back)"]
+    nodes = [*STEM, *shuffle, f"last = Conv<{CONV}>(u, v)", *HEAD]
+    made = model(nodes, {"x": ("N", 3, 8, 8)}, ["y"], weights)
+    assert Analysis(prepare(made)).layer("u").channel_axis == 1
+
+
 @pytest.mark.parametrize(
     ("shape", "nodes", "layout"),
     [

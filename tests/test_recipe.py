@@ -221,3 +221,22 @@ def test_what_is_no_photo_is_refused_by_name(tmp_path):
         assert str(tmp_path / name) in str(caught.value)
     with pytest.raises(ImageError, match="no known range"):
         read_photo(Image.fromarray(np.full((4, 4), 0.5, np.float32)))
+
+
+def test_a_batch_holds_each_photo_as_prepare_makes_it():
+    recipe = Recipe.load("models/efficientnet_lite0.recipe.json")
+    told = {"name": "image", "shape": ["batch", 3, 224, 224], "dtype": "float32", "layout": "NCHW"}
+    photos = ["models/coffee.png", "models/chelsea.png"]
+    images, seen = recipe.batch(photos, told)
+    assert images.shape == (2, 3, 224, 224) and images.dtype == np.float32
+    for photo, image, view in zip(photos, images, seen, strict=True):
+        array, expected = recipe.prepare(photo, ImageInput.of(told))
+        np.testing.assert_array_equal(image, array)
+        np.testing.assert_array_equal(view, expected)
+
+
+def test_photos_of_several_sizes_make_no_batch():
+    recipe = Recipe(channels="RGB", mean=(0, 0, 0), std=(1, 1, 1), resize=64)
+    told = {"name": "image", "shape": ["batch", 3, "h", "w"], "dtype": "float32", "layout": "NCHW"}
+    with pytest.raises(ImageError, match="2 sizes"):
+        recipe.batch(["models/coffee.png", "models/astronaut.png"], told)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+import graphgbp
 from graphgbp.prepare import prepare
 from graphgbp.rectifiers import find_rectifiers, find_smooth
-from tests.build import model
+from tests.build import drawn, model
+from tests.rules.harness import run
 
 ZERO = {"zero": np.float32(0), "six": np.float32(6), "three": np.float32(3), "half": np.float32(0.5)}
 ZERO |= {"one": np.float32(1), "zeros": np.zeros((1, 3, 1), np.float32), "sixth": np.float32(1 / 6)}
@@ -32,6 +34,9 @@ def found(nodes, finder=find_rectifiers):
         (["c = Less(zero, x)", "y = Where(c, x, zero)"], [("Where", "x")]),
         (["c = LessOrEqual(x, zero)", "y = Where(c, zero, x)"], [("Where", "x")]),
         (["c = Greater(zero, x)", "y = Where(c, zero, x)"], [("Where", "x")]),
+        (["c = Less(x, zero)", "b = Cast<to=9>(c)", "y = Where(b, zero, x)"], [("Where", "x")]),
+        (["c = Greater(x, zero)", "f = Cast<to=1>(c)", "y = Mul(x, f)"], [("Mul", "x")]),
+        (["c = Less(zero, x)", "f = Cast<to=1>(c)", "y = Mul(f, x)"], [("Mul", "x")]),
     ],
 )
 def test_relu_in_any_clothing(nodes, expected):
@@ -55,6 +60,7 @@ def test_relu_in_any_clothing(nodes, expected):
         ["m = Mul(x, sixth)", "s = Add(m, half)", "y = Clip(s, zero, one)"],
         ["y = HardSwish(x)"],
         ["y = HardSigmoid(x)"],
+        ["c = Less(x, zero)", "f = Cast<to=1>(c)", "y = Mul(x, f)"],
     ],
 )
 def test_look_alikes_are_none(nodes):
@@ -72,10 +78,55 @@ def test_a_shifted_relu6_that_nothing_scales_is_a_rectifier():
         (["y = HardSwish(x)"], [("HardSwish", "x")]),
         (["s = Sigmoid(x)", "y = Mul(x, s)"], [("Mul", "x")]),
         (["s = HardSigmoid(x)", "y = Mul(s, x)"], [("Mul", "x")]),
+        (["s = Add(x, three)", "h = Clip(s, zero, six)", "g = Mul(x, h)", "y = Div(g, six)"], [("Mul", "x")]),
+        (["s = Add(x, three)", "h = Clip(s, zero, six)", "d = Div(h, six)", "y = Mul(d, x)"], [("Mul", "x")]),
+        (["m = Mul(x, sixth)", "s = Add(m, half)", "h = Clip(s, zero, one)", "y = Mul(h, x)"], [("Mul", "x")]),
+        (["s = Softplus(x)", "t = Tanh(s)", "y = Mul(x, t)"], [("Mul", "x")]),
+        (["y = Softplus(x)"], [("Softplus", "x")]),
         (["y = Relu(x)"], []),
         (["y = LeakyRelu<alpha=0.0>(x)"], []),
+        (["g = Sigmoid(x)", "u = Relu(x)", "y = Mul(u, g)"], []),
         (["y = Sigmoid(x)"], []),
     ],
 )
 def test_smooth_activations(nodes, expected):
     assert found(nodes, find_smooth) == expected
+
+
+HARD_SWISH = {
+    "operator": ["h = HardSwish(a)"],
+    "x * clip / 6": ["s = Add(a, three)", "c = Clip(s, zero, six)", "m = Mul(a, c)", "h = Div(m, six)"],
+    "x * (clip / 6)": ["s = Add(a, three)", "c = Clip(s, zero, six)", "m = Div(c, six)", "h = Mul(a, m)"],
+    "x * HardSigmoid": ["s = HardSigmoid<alpha=0.16666667, beta=0.5>(a)", "h = Mul(s, a)"],
+}
+
+
+@pytest.mark.parametrize("rectifiers", ["relu", "all"])
+@pytest.mark.parametrize("method", ["guided_backprop", "deconvnet"])
+@pytest.mark.parametrize("writing", list(HARD_SWISH)[1:])
+def test_operator_and_decomposition_give_equal_maps(writing, method, rectifiers):
+    weights = ZERO | {"w": drawn(5, 3, 3, 3), "v": drawn(4, 5, 1, 1, seed=1)}
+    feeds = {"x": 3 * drawn(2, 3, 6, 6, seed=2), "target": np.array([1])}
+    maps = []
+    for nodes in (HARD_SWISH["operator"], HARD_SWISH[writing]):
+        nodes = ["a = Conv(x, w)", *nodes, "b = Conv(h, v)", "y = GlobalAveragePool(b)"]
+        made = model(nodes, {"x": ("N", 3, 6, 6)}, ["y"], weights)
+        explained = graphgbp.convert(made, [method], rectifiers=rectifiers)
+        maps.append(run(explained, feeds)[method])
+    np.testing.assert_allclose(*maps, rtol=1e-4, atol=1e-5 * np.abs(maps[0]).max())
+
+
+def test_masking_all_activations_is_another_map():
+    """`rectifiers="all"`: dx = dy f'(x) 1(x > 0) 1(dy > 0), by hand for one SiLU."""
+    weights = {"w": drawn(4, 3), "v": drawn(3, 2, seed=1)}
+    nodes = ["a = MatMul(x, w)", "s = Sigmoid(a)", "h = Mul(a, s)", "y = MatMul(h, v)"]
+    made = model(nodes, {"x": ("N", 4)}, ["y"], weights)
+    x = drawn(3, 4, seed=2)
+    a = x @ weights["w"]
+    s = 1 / (1 + np.exp(-a))
+    dh = np.broadcast_to(weights["v"][:, 1], a.shape)
+    slope = s * (1 + a * (1 - s))
+    for rectifiers, mask in (("all", (a > 0) * (dh > 0)), ("relu", 1)):
+        explained = graphgbp.convert(made, ["guided_backprop"], rectifiers=rectifiers)
+        got = run(explained, {"x": x, "target": np.array([1])})["guided_backprop"]
+        np.testing.assert_allclose(got, (dh * slope * mask) @ weights["w"].T, rtol=1e-4, atol=1e-6)

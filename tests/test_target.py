@@ -112,6 +112,20 @@ def test_probability_is_differentiated_through_the_softmax():
     assert not np.allclose(probability["saliency"], score["saliency"])
 
 
+def test_one_probability_for_two_classes():
+    made = model([*FLAT[:1], "z = MatMul(f, one)", "y = Sigmoid(z)"], {"x": ("N", 3, 2, 2)}, ["y"], HEAD)
+    explained = graphgbp.convert(made, ["saliency"], score="probability")
+    x = drawn(6, 3, 2, 2, seed=4)
+    got, asked = (run(explained, {"x": x, "target": np.array([k])}) for k in (-1, 0))
+    p = got["y"][:, 0]
+    assert 0 < (p > 0.5).sum() < 6
+    np.testing.assert_array_equal(got["target_class"], (p > 0.5).astype(int))
+    np.testing.assert_allclose(got["target_score"], np.maximum(p, 1 - p), rtol=1e-6)
+    np.testing.assert_allclose(asked["target_score"], 1 - p, rtol=1e-6)
+    slope = (p * (1 - p))[:, None] * HEAD["one"][:, 0]
+    np.testing.assert_allclose(asked["saliency"].reshape(6, -1), -slope, rtol=1e-4, atol=1e-7)
+
+
 def test_weights_are_any_combination_of_classes():
     explained = graphgbp.convert(small_cnn(["y = Softmax(z)"]), ["saliency"], target="weights")
     classes = graphgbp.convert(small_cnn(["y = Softmax(z)"]), ["saliency"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from graphgbp.errors import GraphgbpError
+from graphgbp.errors import GraphgbpError, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -25,6 +25,15 @@ _PIPED_WIDTH = 10_000  # no terminal, so nothing to wrap for
 
 class Commands(click.Group):
     """A group whose commands end with one line on stderr, and the error's own exit code, where graphgbp refuses."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if error.filename is not None:
+                raise  # another file than the terminal, pipe or file that the output goes to
+            say("error", f"cannot write the output: {error.strerror or error}")
+            sys.exit(OutputError.exit_code)
 
     def invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):

@@ -107,8 +107,7 @@ def _prepare(model: str, options: dict[str, Any]) -> Job:
             batch_size=options["batch_size"],
             **layer,
         )
-    told = explainer.input
-    spec = ImageInput.from_shape(told["name"], told["shape"], told["dtype"], told["layout"])
+    spec = ImageInput.of(explainer.input)
     recipe, preprocessing = _recipe(model, options["preprocess"], spec)
     class_names = _class_names(model, options["classes_file"], recipe, explainer.classes)
     target = None if options["wanted"] is None else find_class(options["wanted"], class_names)

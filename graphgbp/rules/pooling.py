@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from graphgbp.emit import Emitter
 from graphgbp.registry import Cotangent, vjp
 from graphgbp.rules.windows import Window, begin_and_end, lowest_same_padding, transpose, windows
-from graphgbp.shapes import is_static
+from graphgbp.shapes import is_static, window_count
 
 # -- max -------------------------------------------------------------------------------------------------------------
 
@@ -25,7 +25,25 @@ def _refuse(node: gs.Node) -> str | None:
     return None
 
 
-@vjp("MaxPool", versions=(12, 22), refuse=_refuse)
+def _refuse_before_22(node: gs.Node) -> str | None:
+    """Also a window in the end padding: ONNX counts it until opset 22 and ONNX Runtime does not, so shapes conflict."""
+    axes = windows(node, node.attrs["kernel_shape"])
+    if any(w.ceil and w.size is not None and w.pads is not None and _counts_differ(w) for w in axes):
+        return (
+            "its last window would begin in the end padding (ceil_mode), where ONNX before opset 22 and ONNX Runtime "
+            "count differently; export at opset 22 or newer, or with an open image size"
+        )
+    return _refuse(node)
+
+
+def _counts_differ(window: Window) -> bool:
+    assert window.size is not None and window.pads is not None
+    rounded_up = -(-(window.size + sum(window.pads) - window.span) // window.stride) + 1
+    return rounded_up != window_count(window.size, window.span, window.stride, window.pads, ceil=True)
+
+
+@vjp("MaxPool", versions=(12,), refuse=_refuse_before_22)
+@vjp("MaxPool", versions=(22,), refuse=_refuse)
 def max_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dy to the first largest element of each window: MaxPool's Indices count through the whole of x."""
     (x,) = node.inputs
@@ -58,7 +76,8 @@ def global_max_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]
 # -- average ---------------------------------------------------------------------------------------------------------
 
 
-@vjp("AveragePool", versions=(11, 19, 22), refuse=_refuse)
+@vjp("AveragePool", versions=(11, 19), refuse=_refuse_before_22)
+@vjp("AveragePool", versions=(22,), refuse=_refuse)
 def average_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """y = (sum over the window) / divisor; dx = each window's dy / divisor, added up over the windows that hold x"""
     (x,) = node.inputs

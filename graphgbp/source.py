@@ -1,0 +1,59 @@
+"""The model a conversion starts from: a copy of our own, at an opset the rules were written for."""
+
+import os
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnx
+
+from graphgbp import model_file
+from graphgbp.errors import ModelFileError, OpsetError, RequestError
+from graphgbp.model_file import PathLike
+from graphgbp.opset import raise_opset
+
+ModelLike: TypeAlias = PathLike | onnx.ModelProto
+
+NEWEST_OPSET = 26
+"""The newest opset whose operators were read, and that ONNX Runtime runs."""
+
+
+def open_source(model: ModelLike) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """A copy of a model to append to, and what the manifest says of its source."""
+    if isinstance(model, onnx.ModelProto):
+        source = onnx.ModelProto()
+        source.CopyFrom(model)
+        name = "the model"
+    else:
+        source = read(model)
+        name = f"'{model}'"
+    model_file.refuse_converted(source, name)
+    fingerprint = model_file.fingerprint(model, model_file.external_locations(source))
+    source, opset = raised(source, weights_folder(model))
+    return source, {"source": fingerprint, "opset": opset}
+
+
+def read(model: ModelLike) -> onnx.ModelProto:
+    """The model itself, or the one a path leads to."""
+    if isinstance(model, onnx.ModelProto):
+        return model
+    if not isinstance(model, str | os.PathLike):
+        raise RequestError(f"a model is a path or an onnx.ModelProto, and this is {type(model).__name__}")
+    return model_file.load(model)
+
+
+def weights_folder(model: ModelLike) -> Path | None:
+    """Where the external data of a model lies; None where nothing says."""
+    return None if isinstance(model, onnx.ModelProto) else Path(model).parent
+
+
+def raised(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto, dict[str, Any] | None]:
+    """The model at opset 16 or newer, and what raising it took; the model itself where it is there already."""
+    versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if not versions:
+        raise ModelFileError("the model imports no ai.onnx opset; export it again")
+    if versions[0] > NEWEST_OPSET:
+        raise OpsetError(
+            f"the model has opset {versions[0]}, and operators are known up to opset {NEWEST_OPSET}; "
+            f"export it at opset {NEWEST_OPSET} or older"
+        )
+    return raise_opset(model, folder)
