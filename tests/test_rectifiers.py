@@ -13,8 +13,8 @@ ZERO = {"zero": np.float32(0), "six": np.float32(6), "three": np.float32(3), "ha
 ZERO |= {"one": np.float32(1), "zeros": np.zeros((1, 3, 1), np.float32), "sixth": np.float32(1 / 6)}
 
 
-def found(nodes, finder=find_rectifiers):
-    view = prepare(model(nodes, {"x": ("N", 3, 4)}, ["y"], ZERO))
+def found(nodes, finder=find_rectifiers, opset=18):
+    view = prepare(model(nodes, {"x": ("N", 3, 4)}, ["y"], ZERO, opset=opset))
     return [(rectifier.node.op, rectifier.x.name) for rectifier in finder(view.graph.nodes)]
 
 
@@ -91,6 +91,11 @@ def test_a_shifted_relu6_that_nothing_scales_is_a_rectifier():
 )
 def test_smooth_activations(nodes, expected):
     assert found(nodes, find_smooth) == expected
+
+
+@pytest.mark.parametrize("call", ["Elu(x)", "Selu(x)", "Celu(x)", "PRelu(x, half)", "Gelu(x)", "Mish(x)", "Swish(x)"])
+def test_smooth_activations_that_are_one_operator(call):
+    assert found([f"y = {call}"], find_smooth, opset=24) == [(call.partition("(")[0], "x")]
 
 
 HARD_SWISH = {

@@ -101,6 +101,7 @@ def test_a_whole_output_without_classes():
     made = model(["y = ReduceMean<keepdims=0>(x)"], {"x": (2, 3)}, ["y"])
     got = run(graphgbp.convert(made, ["saliency"]), {"x": drawn(2, 3), "target": np.array([-1])})
     np.testing.assert_allclose(got["saliency"], np.full((2, 3), 1 / 6), rtol=1e-6)
+    np.testing.assert_allclose(got["target_score"], [drawn(2, 3).mean()], rtol=1e-6)
 
 
 def test_probability_is_differentiated_through_the_softmax():
