@@ -104,6 +104,11 @@ def two_in_one(z: Tensor, targets: Tensor) -> Tensor:
     return z.flatten() * (2 * targets - 1)
 
 
+def of_two(p: Tensor, targets: Tensor) -> Tensor:
+    """The probability of class 1, and of class 0."""
+    return torch.where(targets == 1, p.flatten(), 1 - p.flatten())
+
+
 HEADS: dict[str, tuple[Callable[[], nn.Module], int, Callable[[Tensor, Tensor], Tensor]]] = {
     "[N, K]": (lambda: pooled(nn.Flatten(), nn.Linear(8, 5)), 5, at_class),
     "[N, K, 1, 1]": (lambda: pooled(nn.Conv2d(8, 5, 1)), 5, at_class),
@@ -149,6 +154,8 @@ def test_before_and_behind_the_final_activation(activation, option):
     shape, make = ACTIVATED[activation]
     head, classes, score = HEADS[shape]
     side = Headed.forward if option == "probability" else lambda net, images: net.before(images)
+    if option == "probability" and score is two_in_one:
+        score = of_two
     net = Headed(head(), make())
     check(net, classes, lambda net, images, targets: score(side(net, images), targets), option)
 

@@ -107,7 +107,7 @@ def _mask(x: np.ndarray, bound: float | None) -> np.ndarray:
     (tensor,) = view.graph.inputs
     ones = g.op("Expand", gs.Constant("one", np.ones(1, x.dtype)), g.op("Shape", tensor))
     mask = masks.where_positive(g, ones, tensor) if bound is None else masks.where_below(g, ones, tensor, bound)
-    append(model, g, [], [g.name_output(mask, "mask")])
+    append(model, view, g, [], [g.name_output(mask, "mask")])
     onnx.checker.check_model(model)
     return run(model, {"x": x})["mask"]
 
