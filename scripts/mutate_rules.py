@@ -1,6 +1,7 @@
 """Does a test fail when a rule is wrong? Each fault of tests/faults.py is put in, alone, and its tests are run.
 
-A fault in a rule must be noticed by the tests of the rule's own family, any other fault by any test but the slow ones.
+A fault in a rule must be noticed by the tests of the rule's own family, any other fault by any test but the slow ones:
+noticed means that an assertion fails, not that something breaks.
 First the tests run as they are, to see which passes which code. Prints what noticed each fault; exits with 1 where one
 survived. `make mutation` runs it. Words on the command line choose among the faults: families of rules
 (`convolution`), or beginnings of names (`Conv-11`).
@@ -36,12 +37,24 @@ WORKERS = os.cpu_count() or 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one fault: the test that noticed it, if any did."""
+    """What became of one fault: the test that noticed it, if any did, by an assertion or by breaking."""
 
     fault: str
     tests: int
     killer: str | None
+    message: str
     seconds: float
+
+    @property
+    def noticed(self) -> bool:
+        return self.killer is not None and self.message.startswith(("AssertionError", "assert "))
+
+    @property
+    def verdict(self) -> str:
+        if self.killer is None:
+            return "[red]nothing[/red]"
+        test = escape(self.killer.removeprefix("tests/"))
+        return test if self.noticed else f"[red]broke[/red] {test}: {escape(self.message)}"
 
 
 def main(words: Sequence[str]) -> int:
@@ -53,11 +66,11 @@ def main(words: Sequence[str]) -> int:
         console.print("These tests fail as they are, so they can prove nothing:", *coverage.failures, sep="\n  ")
         return 1
     outcomes = _try_all(faults, coverage, console)
-    survivors = [outcome for outcome in outcomes if outcome.killer is None]
+    survivors = [outcome for outcome in outcomes if not outcome.noticed]
     console.print(_report(outcomes))
     console.print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} faults noticed")
     for outcome in survivors:
-        console.print(f"[red]survived[/red]: {outcome.fault} ({outcome.tests} tests pass there)")
+        console.print(f"{outcome.fault}: {outcome.tests} tests pass there; noticed by {outcome.verdict}")
     return 1 if survivors else 0
 
 
@@ -124,7 +137,7 @@ def _try(name: str, tests: list[str]) -> Outcome:
         code, said = _pytest(["-x", *dict.fromkeys(test.partition("::")[0] for test in tests)], chosen)
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             raise RuntimeError(f"the tests did not run with the fault '{name}':\n{said}")
-    return Outcome(name, len(tests), chosen.killer, perf_counter() - start)
+    return Outcome(name, len(tests), chosen.killer, chosen.message, perf_counter() - start)
 
 
 def _pytest(arguments: Iterable[str], plugin: object) -> tuple[int, str]:
@@ -139,8 +152,7 @@ def _report(outcomes: Sequence[Outcome]) -> Table:
     for column in table.columns:
         column.no_wrap = True
     for outcome in outcomes:
-        killer = "[red]nothing[/red]" if outcome.killer is None else escape(outcome.killer.removeprefix("tests/"))
-        table.add_row(outcome.fault, str(outcome.tests), killer, f"{outcome.seconds:.1f}")
+        table.add_row(outcome.fault, str(outcome.tests), outcome.verdict, f"{outcome.seconds:.1f}")
     return table
 
 

@@ -63,10 +63,11 @@ class Coverage:
 
 @dataclass(eq=False)
 class Chosen:
-    """Runs the given tests alone, in the order given, and notes the one that fails."""
+    """Runs the given tests alone, in the order given, and notes the one that fails, and how."""
 
     tests: list[str]
     killer: str | None = None
+    message: str = ""
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -76,3 +77,5 @@ class Chosen:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and self.killer is None:
             self.killer = report.nodeid
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.message = crash.message if crash else str(report.longrepr)
