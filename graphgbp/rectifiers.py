@@ -4,7 +4,7 @@
     Clip(x, 0), Clip(x, 0, c)          ReLU and ReLU6
     Max(x, 0)
     Where(x > 0, x, 0)                 and its mirror images
-    LeakyRelu(alpha = 0)
+    LeakyRelu(alpha = 0), ThresholdedRelu(alpha = 0), PRelu(slope = 0)
 
 A Clip(x + c/2, 0, c) that is scaled is the gate of a HardSigmoid or HardSwish and no rectifier.
 Smooth and leaky activations are found too: guided backpropagation passes their true gradient unless asked to mask them.
@@ -113,8 +113,12 @@ _MIRRORED = {
 }
 
 
-def _leaky_relu(node: gs.Node) -> Rectifier | None:
-    return Rectifier(node, "LeakyRelu(alpha=0)") if node.attrs.get("alpha") == 0 else None
+def _at_alpha_zero(node: gs.Node) -> Rectifier | None:
+    return Rectifier(node, f"{node.op}(alpha=0)") if node.attrs.get("alpha") == 0 else None
+
+
+def _prelu(node: gs.Node) -> Rectifier | None:
+    return Rectifier(node, "PRelu(slope=0)") if _is_zero(node.inputs[1]) else None
 
 
 def _smooth(node: gs.Node) -> Rectifier:
@@ -122,12 +126,16 @@ def _smooth(node: gs.Node) -> Rectifier:
 
 
 def _gated(node: gs.Node) -> Rectifier | None:
-    """x * sigmoid(x) and x * hardsigmoid(x), as exporters decompose SiLU and HardSwish."""
-    names = {"Sigmoid": "x * Sigmoid(x)", "HardSigmoid": "x * HardSigmoid(x)"}
+    """x * sigmoid(x), x * hardsigmoid(x), x * tanh(softplus(x)): exporters decompose SiLU, HardSwish and Mish so."""
     for index, other in ((0, 1), (1, 0)):
-        gate = _producer(node.inputs[other])
-        if gate is not None and gate.op in names and gate.inputs[0].name == node.inputs[index].name:
-            return Rectifier(node, names[gate.op], index, vanishes=False)
+        gate, x = _producer(node.inputs[other]), node.inputs[index]
+        if gate is None:
+            continue
+        inner = _producer(gate.inputs[0])
+        if gate.op in ("Sigmoid", "HardSigmoid") and gate.inputs[0].name == x.name:
+            return Rectifier(node, f"x * {gate.op}(x)", index, vanishes=False)
+        if gate.op == "Tanh" and inner is not None and inner.op == "Softplus" and inner.inputs[0].name == x.name:
+            return Rectifier(node, "x * Tanh(Softplus(x))", index, vanishes=False)
     return None
 
 
@@ -136,11 +144,25 @@ _RECTIFIERS: dict[str, Finder] = {
     "Clip": _clip,
     "Max": _max,
     "Where": _where,
-    "LeakyRelu": _leaky_relu,
+    "LeakyRelu": _at_alpha_zero,
+    "ThresholdedRelu": _at_alpha_zero,
+    "PRelu": _prelu,
 }
 _SMOOTH: dict[str, Finder] = {
     **dict.fromkeys(
-        ("LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Swish", "Mish", "HardSwish", "Softplus"),
+        (
+            "LeakyRelu",
+            "PRelu",
+            "ThresholdedRelu",
+            "Elu",
+            "Selu",
+            "Celu",
+            "Gelu",
+            "Swish",
+            "Mish",
+            "HardSwish",
+            "Softplus",
+        ),
         _smooth,
     ),
     "Mul": _gated,
