@@ -11,6 +11,7 @@ from graphgbp.rules import (
     normalization,
     pooling,
     reduction,
+    trigonometry,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "normalization",
     "pooling",
     "reduction",
+    "trigonometry",
 ]
