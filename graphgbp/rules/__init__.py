@@ -11,6 +11,8 @@ from graphgbp.rules import (
     normalization,
     pooling,
     reduction,
+    resize,
+    standardization,
     trigonometry,
 )
 
@@ -25,5 +27,7 @@ __all__ = [
     "normalization",
     "pooling",
     "reduction",
+    "resize",
+    "standardization",
     "trigonometry",
 ]
