@@ -28,8 +28,9 @@ REDUCTIONS = {
 }
 AXES = [[0], [1, 2], [-1], [2, 0], [0, 1, 2], None]
 OPS = pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"])
-COMPOSED = ["ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp"]
-COMPOSED_OPS = pytest.mark.parametrize("op", COMPOSED)
+COMPOSED_OPS = pytest.mark.parametrize(
+    "op", ["ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp"]
+)
 
 
 def _check(op, x, axes, keepdims, opset, **options):
