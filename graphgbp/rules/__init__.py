@@ -3,6 +3,7 @@
 from graphgbp.rules import (
     activation,
     convolution,
+    einsum,
     elementwise,
     indexing,
     linear,
@@ -10,8 +11,10 @@ from graphgbp.rules import (
     nondifferentiable,
     normalization,
     pooling,
+    rearrangement,
     reduction,
     resize,
+    scatter,
     standardization,
     trigonometry,
 )
@@ -19,6 +22,7 @@ from graphgbp.rules import (
 __all__ = [
     "activation",
     "convolution",
+    "einsum",
     "elementwise",
     "indexing",
     "linear",
@@ -26,8 +30,10 @@ __all__ = [
     "nondifferentiable",
     "normalization",
     "pooling",
+    "rearrangement",
     "reduction",
     "resize",
+    "scatter",
     "standardization",
     "trigonometry",
 ]
