@@ -6,13 +6,13 @@ import random
 import numpy as np
 import onnx
 import pytest
-import torch
 from torch.nn import functional as F
 
 import graphgbp
 from graphgbp.errors import UnsupportedOperatorError
 from tests.kernels import missing_kernels
-from tests.rules.harness import check_rule, normal, run, single_op
+from tests.rules.affine import matrix_and_offset
+from tests.rules.harness import check_rule, normal, single_op
 
 COORDINATES = ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"]
 EVERY_SIZE = {0: range(4)}
@@ -34,18 +34,8 @@ def check(x, roi=None, scales=None, sizes=None, *, opset=19, dynamic=False, cons
         inputs.pop()
     constants = [index for index in constants if index < len(inputs) and inputs[index] is not None]
     model = single_op("Resize", inputs, opset=opset, constants=constants, dynamic=dynamic, **attributes)
-    feeds = {f"x{index}": value for index, value in enumerate(inputs) if value is not None and index not in constants}
-
-    def resized(image):
-        return run(model, {**feeds, "x0": image})["y0"].astype(np.float64)
-
-    zero = resized(np.zeros_like(x))
-    units = np.eye(x.size, dtype=np.float32).reshape(x.size, *x.shape)
-    matrix = torch.from_numpy(np.stack([resized(unit) - zero for unit in units], -1))
-
-    def reference(image, *_):
-        return matrix @ image.flatten() + torch.from_numpy(zero)
-
+    matrix, offset = matrix_and_offset(model, inputs, constants)
+    reference = lambda image, *_: matrix @ image.flatten() + offset  # noqa: E731
     check_rule("Resize", inputs, reference, opset=opset, constants=constants, dynamic=dynamic, **attributes)
 
 
