@@ -16,6 +16,7 @@ Dim = int | str
 Shape = tuple[Dim, ...]
 
 _DATA_LIMIT = 1024
+_LIKE_FIRST_INPUT = ("GroupNormalization", "MeanVarianceNormalization")  # functions that ONNX's inference leaves shut
 
 
 class TensorType(NamedTuple):
@@ -40,6 +41,8 @@ def infer_node(
 
     `known` holds what whole-graph inference found; it fills sizes that the node alone leaves open.
     """
+    if node.op_type in _LIKE_FIRST_INPUT and not node.domain and node.input[0] in types:
+        return {node.output[0]: types[node.input[0]]}
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     inputs = [name for name in dict.fromkeys(node.input) if name and name in types]
     found = shape_inference.infer_node_outputs(

@@ -3,6 +3,7 @@
 from graphgbp.rules import (
     activation,
     convolution,
+    einsum,
     elementwise,
     indexing,
     linear,
@@ -10,12 +11,19 @@ from graphgbp.rules import (
     nondifferentiable,
     normalization,
     pooling,
+    rearrangement,
     reduction,
+    resize,
+    sampling,
+    scatter,
+    standardization,
+    trigonometry,
 )
 
 __all__ = [
     "activation",
     "convolution",
+    "einsum",
     "elementwise",
     "indexing",
     "linear",
@@ -23,5 +31,11 @@ __all__ = [
     "nondifferentiable",
     "normalization",
     "pooling",
+    "rearrangement",
     "reduction",
+    "resize",
+    "sampling",
+    "scatter",
+    "standardization",
+    "trigonometry",
 ]
