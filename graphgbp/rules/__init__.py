@@ -2,6 +2,7 @@
 
 from graphgbp.rules import (
     activation,
+    attention,
     convolution,
     einsum,
     elementwise,
@@ -22,6 +23,7 @@ from graphgbp.rules import (
 
 __all__ = [
     "activation",
+    "attention",
     "convolution",
     "einsum",
     "elementwise",

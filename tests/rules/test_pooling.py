@@ -235,6 +235,7 @@ def test_auto_pad_same(auto_pad, axes, kernel, stride, opset):
         check_rule("MaxPool", [x], geometry.maximum, **options)
         for include in (0, 1):
             check_rule("AveragePool", [x], geometry.mean(include), count_include_pad=include, **options)
+        check_rule("LpPool", [x], geometry.norm(3), p=3, **options)
 
 
 @pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
