@@ -6,13 +6,15 @@ import random
 import numpy as np
 import onnx
 import pytest
+import torch
 from torch.nn import functional as F
 
 import graphgbp
 from graphgbp.errors import UnsupportedOperatorError
+from tests.build import model
 from tests.kernels import missing_kernels
 from tests.rules.affine import matrix_and_offset
-from tests.rules.harness import check_rule, normal, single_op
+from tests.rules.harness import check_rule, normal, run, single_op
 
 COORDINATES = ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"]
 EVERY_SIZE = {0: range(4)}
@@ -242,9 +244,28 @@ def test_every_node_has_a_kernel_on_cuda(mode, dtype):
     for opset, constants, scales in itertools.product([16, 19, 26], [[2], []], [(2, 2), (1.5, 1)]):
         inputs = [normal(1, 2, 3, 4).astype(dtype), None, vector(1, 1, *scales)]
         for dynamic in (False, EVERY_SIZE):
-            model = single_op("Resize", inputs, opset=opset, constants=constants, dynamic=dynamic, mode=mode)
-            explained = graphgbp.vjp(model, inputs=["x0"])
+            made = single_op("Resize", inputs, opset=opset, constants=constants, dynamic=dynamic, mode=mode)
+            explained = graphgbp.vjp(made, inputs=["x0"])
             assert missing_kernels("CUDAExecutionProvider", explained, list(explained.graph.node)) == set()
+
+
+def test_equal_sizes_are_known_to_be_equal():
+    """A Resize by 2 and a ConvTranspose by 2 meet in a sum: whether it broadcasts is not asked at run time."""
+    nodes = [
+        'up = Resize<mode="linear">(x, , scales)',
+        "learned = ConvTranspose<strides=[2, 2], pads=[1, 1, 1, 1]>(x, w)",
+        "y = Add(up, learned)",
+    ]
+    weights = {"scales": vector(1, 1, 2, 2), "w": normal(3, 3, 4, 4, seed=1)}
+    made = model(nodes, {"x": ("n", 3, "h", "w")}, ["y"], weights)
+    explained = graphgbp.vjp(made)
+    assert not {"NonZero", "ReduceSum"} & {node.op_type for node in explained.graph.node}
+    x = torch.from_numpy(normal(2, 3, 4, 5)).double().requires_grad_()
+    up = F.interpolate(x, scale_factor=2, mode="bilinear")
+    dy = torch.from_numpy(normal(*up.shape, seed=2)).double()
+    (up + F.conv_transpose2d(x, torch.from_numpy(weights["w"]).double(), stride=2, padding=1)).backward(dy)
+    got = run(explained, {"x": x.detach().float().numpy(), "y_grad": dy.float().numpy()})["x_grad"]
+    np.testing.assert_allclose(got, x.grad.numpy(), atol=1e-5)
 
 
 def test_no_matrix_is_stored():
