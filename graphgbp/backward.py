@@ -42,7 +42,7 @@ def backward(
     Raises UnsupportedOperatorError, listing every gap, before any node is made.
     """
     nodes = active_nodes(view, wanted, seeds, rule_for)
-    refuse_gaps(gaps(view, nodes, wanted, rule_for), view)
+    refuse_gaps(gaps(view, nodes, wanted, seeds, rule_for), view)
     varied = varied_tensors(view, wanted, rule_for)
     arrived: dict[str, list[gs.Tensor]] = {name: [seed] for name, seed in seeds.items()}
     with g.scope(scope):
@@ -122,10 +122,12 @@ def active_nodes(view: View, wanted: Iterable[str], targets: Iterable[str], rule
     return active[::-1]
 
 
-def gaps(view: View, nodes: Iterable[gs.Node], wanted: Iterable[str], rule_for: RuleFor) -> list[Gap]:
+def gaps(
+    view: View, nodes: Iterable[gs.Node], wanted: Iterable[str], targets: Iterable[str], rule_for: RuleFor
+) -> list[Gap]:
     """Every active node that no rule covers, or not in this use."""
     varied = varied_tensors(view, wanted, rule_for)
-    needed = {name for node in nodes for name in input_names(node)}
+    needed = {name for node in nodes for name in input_names(node)}.union(targets)
     return [Gap(node, reason) for node in nodes if (reason := _gap(node, rule_for(node), varied, needed))]
 
 

@@ -96,7 +96,7 @@ class Analysis:
 
     @cached_property
     def gaps(self) -> list[Gap]:
-        return gaps(self.view, self.active, [self.image.tensor.name], self.rule_for)
+        return gaps(self.view, self.active, [self.image.tensor.name], [self.score.tensor.name], self.rule_for)
 
     @cached_property
     def rectifiers(self) -> list[Rectifier]:

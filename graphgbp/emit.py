@@ -236,7 +236,12 @@ class Emitter:
     def reduce_max(self, x: gs.Tensor, axes: Sequence[int], keepdims: bool = True) -> gs.Tensor:
         return self._reduce("ReduceMax", x, axes, keepdims)
 
+    def reduce_prod(self, x: gs.Tensor, axes: Sequence[int], keepdims: bool = True) -> gs.Tensor:
+        return self._reduce("ReduceProd", x, axes, keepdims)
+
     def _reduce(self, op_type: str, x: gs.Tensor, axes: Sequence[int], keepdims: bool) -> gs.Tensor:
+        if not len(axes):
+            return x
         if self.opset >= 18:
             return self.op(op_type, x, self.ints(axes), keepdims=int(keepdims))
         return self.op(op_type, x, axes=list(axes), keepdims=int(keepdims))

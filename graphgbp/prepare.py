@@ -276,7 +276,7 @@ def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorTy
     values = {tensor.name: tensor.values for tensor in inputs if _is_small(tensor)}
     try:
         return infer_node(node_proto(node), opsets[domain], types, values, known)
-    except onnx.defs.SchemaError:
+    except (onnx.defs.SchemaError, onnx.checker.ValidationError):  # not for this opset, or not as ONNX would have it
         return {}
     except shape_inference.InferenceError as error:
         raise ModelFileError(

@@ -4,7 +4,7 @@
     Clip(x, 0), Clip(x, 0, c)          ReLU and ReLU6
     Max(x, 0)
     Where(x > 0, x, 0), x * (x > 0)    and their mirror images
-    LeakyRelu(alpha = 0)
+    LeakyRelu(alpha = 0), ThresholdedRelu(alpha = 0), PRelu(slope = 0)
 
 A Clip(x + c/2, 0, c) that is scaled is the gate of a HardSigmoid or HardSwish and no rectifier.
 Smooth and leaky activations are found too, whole or decomposed: guided backpropagation passes their true gradient
@@ -131,8 +131,12 @@ def _sign_test(tensor: gs.Tensor) -> _SignTest | None:
     return _SignTest(b, not greater) if _is_zero(a) else None
 
 
-def _leaky_relu(node: gs.Node) -> Rectifier | None:
-    return Rectifier(node, "LeakyRelu(alpha=0)") if node.attrs.get("alpha") == 0 else None
+def _at_alpha_zero(node: gs.Node) -> Rectifier | None:
+    return Rectifier(node, f"{node.op}(alpha=0)") if node.attrs.get("alpha") == 0 else None
+
+
+def _prelu(node: gs.Node) -> Rectifier | None:
+    return Rectifier(node, "PRelu(slope=0)") if _is_zero(node.inputs[1]) else None
 
 
 def _smooth(node: gs.Node) -> Rectifier:
@@ -145,7 +149,7 @@ def _softplus(node: gs.Node) -> Rectifier | None:
 
 
 def _gated(node: gs.Node) -> Rectifier | None:
-    """x * gate(x), as exporters decompose SiLU, HardSwish and Mish; a constant factor may stand anywhere."""
+    """x * gate(x), as exporters decompose SiLU, HardSwish, Mish and GELU; a constant factor may stand anywhere."""
     for index, other in ((0, 1), (1, 0)):
         gate = _gate(node.inputs[other])
         if gate is not None and gate.x.name == _unscaled(node.inputs[index]).name:
@@ -168,6 +172,9 @@ def _gate(tensor: gs.Tensor) -> _Gate | None:
     if node.op == "Clip" and _is_gate(node, _scalar(node.inputs[2]) or 0.0 if len(node.inputs) > 2 else 0.0):
         shift = node.inputs[0].inputs[0]
         return _Gate("HardSigmoid", _unscaled(next(term for term in shift.inputs if _scalar(term) is None)))
+    if node.op == "Add" and any(_scalar(term) == 1 for term in node.inputs):
+        inner = next((_producer(term) for term in node.inputs if _scalar(term) is None), None)
+        return _Gate("(1 + Erf)", _unscaled(inner.inputs[0])) if inner is not None and inner.op == "Erf" else None
     if node.op == "Tanh" and (inner := _producer(node.inputs[0])) is not None and inner.op == "Softplus":
         return _Gate("Tanh(Softplus)", inner.inputs[0])
     return None
@@ -189,12 +196,25 @@ _RECTIFIERS: dict[str, Finder] = {
     "Clip": _clip,
     "Max": _max,
     "Where": _where,
-    "LeakyRelu": _leaky_relu,
+    "LeakyRelu": _at_alpha_zero,
+    "ThresholdedRelu": _at_alpha_zero,
+    "PRelu": _prelu,
     "Mul": _times_sign,
 }
 _SMOOTH: dict[str, Finder] = {
     **dict.fromkeys(
-        ("LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Swish", "Mish", "HardSwish"),
+        (
+            "LeakyRelu",
+            "PRelu",
+            "ThresholdedRelu",
+            "Elu",
+            "Selu",
+            "Celu",
+            "Gelu",
+            "Swish",
+            "Mish",
+            "HardSwish",
+        ),
         _smooth,
     ),
     "Softplus": _softplus,

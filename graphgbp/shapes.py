@@ -16,6 +16,7 @@ Dim = int | str
 Shape = tuple[Dim, ...]
 
 _DATA_LIMIT = 1024
+_LIKE_FIRST_INPUT = ("GroupNormalization", "MeanVarianceNormalization")  # functions that ONNX's inference leaves shut
 
 
 class TensorType(NamedTuple):
@@ -40,6 +41,8 @@ def infer_node(
 
     `known` holds what whole-graph inference found; it fills sizes that the node alone leaves open.
     """
+    if node.op_type in _LIKE_FIRST_INPUT and not node.domain and node.input[0] in types:
+        return {node.output[0]: types[node.input[0]]}
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     inputs = [name for name in dict.fromkeys(node.input) if name and name in types]
     found = shape_inference.infer_node_outputs(
@@ -51,7 +54,7 @@ def infer_node(
     )
     inferred = {name: from_proto(proto) for name, proto in found.items() if proto.HasField("tensor_type")}
     return {
-        name: TensorType(kind.elem_type, _named_sizes(node, name, kind, types, known or {}))
+        name: TensorType(kind.elem_type, _named_sizes(node, name, kind, types, values, known or {}))
         for name, kind in inferred.items()
     }
 
@@ -82,6 +85,7 @@ def _named_sizes(
     name: str,
     kind: TensorType,
     types: Mapping[str, TensorType],
+    values: Mapping[str, np.ndarray],
     known: Mapping[str, TensorType],
 ) -> Shape | None:
     """The shape of output `name` with every open size filled: from whole-graph inference, else by a symbol."""
@@ -90,7 +94,14 @@ def _named_sizes(
     if kind.shape is None:
         return None if hinted is None else tuple(size or f"{name}:{axis}" for axis, size in enumerate(hinted))
     hinted = hinted if hinted is not None and len(hinted) == len(kind.shape) else ("",) * len(kind.shape)
-    ours = dict(_window_sizes(node, types)) | dict(_reshaped_size(node, kind.shape, types))
+    ours: dict[int, Dim] = {}
+    for found in (
+        _window_sizes(node, types),
+        _reshaped_size(node, kind.shape, types),
+        _scaled_sizes(node, types, values),
+        _transposed_sizes(node, types),
+    ):
+        ours.update(found)
     return tuple(
         ours[axis]
         if isinstance(ours.get(axis), int)
@@ -156,6 +167,51 @@ def _strided(size: str, margin: int, stride: int) -> str:
     if stride == 1:
         return f"({size}{margin:+d})" if margin else size
     return f"(({size}{margin - 1:+d})//{stride}+1)"
+
+
+def _scaled_sizes(
+    node: onnx.NodeProto, types: Mapping[str, TensorType], values: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, str]]:
+    """Open sizes of a Resize by constant scales."""
+    shape = types[node.input[0]].shape if node.op_type == "Resize" and node.input[0] in types else None
+    scales = values.get(node.input[2]) if len(node.input) > 2 else None
+    if shape is None or scales is None or not scales.size:
+        return
+    axes = next((attribute.ints for attribute in node.attribute if attribute.name == "axes"), range(len(shape)))
+    by_axis = {axis % len(shape): scale for axis, scale in zip(axes, scales.tolist(), strict=True)}
+    for axis, size in enumerate(shape):
+        scale = by_axis.get(axis, 1.0)
+        if isinstance(size, str):
+            yield axis, _multiple(size, int(scale), 0) if scale.is_integer() else f"floor({size}*{scale})"
+
+
+def _transposed_sizes(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Iterator[tuple[int, str]]:
+    """Open sizes of a ConvTranspose whose pads are spelled out."""
+    shape = types[node.input[0]].shape if node.op_type == "ConvTranspose" and node.input[0] in types else None
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    kernel = _kernel_of_weight(node, types)
+    if (
+        shape is None
+        or not kernel
+        or attributes.get("output_shape")
+        or attributes.get("auto_pad", b"NOTSET") != b"NOTSET"
+    ):
+        return
+    rank = len(kernel)
+    strides, dilations = (attributes.get(key) or [1] * rank for key in ("strides", "dilations"))
+    pads, beyond = attributes.get("pads") or [0] * (2 * rank), attributes.get("output_padding") or [0] * rank
+    for axis, size in enumerate(shape[2:]):
+        span = dilations[axis] * (kernel[axis] - 1) + 1
+        if isinstance(size, str):
+            margin = span + beyond[axis] - strides[axis] - pads[axis] - pads[axis + rank]
+            yield axis + 2, _multiple(size, strides[axis], margin)
+
+
+def _multiple(size: str, factor: int, margin: int) -> str:
+    """size factor + margin, spelled the same way for the same value."""
+    if factor == 1:
+        return f"({size}{margin:+d})" if margin else size
+    return f"({size}*{factor}{margin:+d})" if margin else f"({size}*{factor})"
 
 
 def _kernel_of_weight(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> list[int] | None:

@@ -99,3 +99,11 @@ def test_the_batch_keeps_its_symbol_through_a_reshape():
 def test_a_reshape_that_mixes_the_batch_gets_a_symbol_of_its_own():
     tensors = prepare(model(["y = Reshape(x, s)"], {"x": ("N", 3, 4)}, ["y"], {"s": np.array([-1, 4])})).tensors
     assert tensors["y"].shape[0] != "N"
+
+
+def test_an_operator_that_onnx_has_withdrawn_is_refused_as_one_without_a_rule():
+    made = model(["y = Relu(x)"], {"x": (3, 3)}, ["y"], {"i": np.array([[1]]), "u": drawn(1, 1)})
+    made.graph.node[0].op_type = "Scatter"
+    made.graph.node[0].input.extend(["i", "u"])
+    with pytest.raises(graphgbp.UnsupportedOperatorError, match=r"Scatter .*it has no derivative rule"):
+        graphgbp.vjp(made)

@@ -11,6 +11,7 @@ from tests.rules.harness import run
 
 ZERO = {"zero": np.float32(0), "six": np.float32(6), "three": np.float32(3), "half": np.float32(0.5)}
 ZERO |= {"one": np.float32(1), "zeros": np.zeros((1, 3, 1), np.float32), "sixth": np.float32(1 / 6)}
+ZERO |= {"root": np.float32(2**0.5)}
 
 
 def found(nodes, finder=find_rectifiers, opset=18):
@@ -29,6 +30,8 @@ def found(nodes, finder=find_rectifiers, opset=18):
         (["s = Shape(x)", "o = ConstantOfShape(s)", "y = Max(x, o)"], [("Max", "x")]),
         (["s = Shape(x)", "o = Expand(zero, s)", "c = Greater(x, o)", "y = Where(c, x, o)"], [("Where", "x")]),
         (["y = LeakyRelu<alpha=0.0>(x)"], [("LeakyRelu", "x")]),
+        (["y = ThresholdedRelu<alpha=0.0>(x)"], [("ThresholdedRelu", "x")]),
+        (["y = PRelu(x, zeros)"], [("PRelu", "x")]),
         (["c = Greater(x, zero)", "y = Where(c, x, zero)"], [("Where", "x")]),
         (["c = GreaterOrEqual(x, zero)", "y = Where(c, x, zero)"], [("Where", "x")]),
         (["c = Less(zero, x)", "y = Where(c, x, zero)"], [("Where", "x")]),
@@ -53,6 +56,8 @@ def test_relu_in_any_clothing(nodes, expected):
         ["s = Shape(x)", "o = Expand(half, s)", "y = Max(x, o)"],
         ["y = Max(x, x)"],
         ["y = LeakyRelu(x)"],
+        ["y = ThresholdedRelu(x)"],
+        ["y = PRelu(x, half)"],
         ["c = Greater(x, half)", "y = Where(c, x, zero)"],
         ["c = Less(x, zero)", "y = Where(c, x, zero)"],
         ["s = Add(x, three)", "h = Clip(s, zero, six)", "y = Div(h, six)"],
@@ -83,6 +88,13 @@ def test_a_shifted_relu6_that_nothing_scales_is_a_rectifier():
         (["m = Mul(x, sixth)", "s = Add(m, half)", "h = Clip(s, zero, one)", "y = Mul(h, x)"], [("Mul", "x")]),
         (["s = Softplus(x)", "t = Tanh(s)", "y = Mul(x, t)"], [("Mul", "x")]),
         (["y = Softplus(x)"], [("Softplus", "x")]),
+        (["y = PRelu(x, half)"], [("PRelu", "x")]),
+        (["y = ThresholdedRelu(x)"], [("ThresholdedRelu", "x")]),
+        (["y = Mish(x)"], [("Mish", "x")]),
+        (["d = Div(x, root)", "e = Erf(d)", "a = Add(e, one)", "m = Mul(x, a)", "y = Mul(m, half)"], [("Mul", "x")]),
+        (["h = Mul(x, half)", "d = Div(x, root)", "e = Erf(d)", "a = Add(e, one)", "y = Mul(h, a)"], [("Mul", "h")]),
+        (["p = Softplus(x)", "t = Tanh(p)", "y = Mul(p, t)"], [("Softplus", "x")]),
+        (["y = PRelu(x, zeros)"], []),
         (["y = Relu(x)"], []),
         (["y = LeakyRelu<alpha=0.0>(x)"], []),
         (["g = Sigmoid(x)", "u = Relu(x)", "y = Mul(u, g)"], []),

@@ -2,7 +2,9 @@
 
 from graphgbp.rules import (
     activation,
+    attention,
     convolution,
+    einsum,
     elementwise,
     indexing,
     linear,
@@ -10,12 +12,20 @@ from graphgbp.rules import (
     nondifferentiable,
     normalization,
     pooling,
+    rearrangement,
     reduction,
+    resize,
+    sampling,
+    scatter,
+    standardization,
+    trigonometry,
 )
 
 __all__ = [
     "activation",
+    "attention",
     "convolution",
+    "einsum",
     "elementwise",
     "indexing",
     "linear",
@@ -23,5 +33,11 @@ __all__ = [
     "nondifferentiable",
     "normalization",
     "pooling",
+    "rearrangement",
     "reduction",
+    "resize",
+    "sampling",
+    "scatter",
+    "standardization",
+    "trigonometry",
 ]

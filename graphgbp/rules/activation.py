@@ -1,11 +1,13 @@
 """Activations: functions of one tensor, element by element, that networks put behind their layers."""
 
+from math import pi, sqrt
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphgbp import masks
 from graphgbp.emit import Emitter
-from graphgbp.registry import vjp
+from graphgbp.registry import Cotangent, vjp
 
 
 @vjp("Relu", versions=(14,))
@@ -43,6 +45,23 @@ def elu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     return [g.where(g.greater(x, g.like(x, 0)), dy, g.mul(dy, slope))]
 
 
+@vjp("Selu", versions=(6, 22))
+def selu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = gamma x where x > 0, else gamma alpha (exp(x) - 1); dx = dy gamma where x > 0, else dy (y + gamma alpha)"""
+    (x,), (y,) = node.inputs, node.outputs
+    alpha, gamma = node.attrs["alpha"], node.attrs["gamma"]
+    slope = g.add(y, g.like(y, gamma * alpha))
+    return [g.where(g.greater(x, g.like(x, 0)), g.scale(dy, gamma), g.mul(dy, slope))]
+
+
+@vjp("Celu", versions=(12,))
+def celu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = alpha (exp(x / alpha) - 1) where x <= 0; dx = dy where x > 0, else dy (y / alpha + 1)"""
+    (x,), (y,) = node.inputs, node.outputs
+    slope = g.add(g.scale(y, 1 / node.attrs["alpha"]), g.like(y, 1))
+    return [g.where(g.greater(x, g.like(x, 0)), dy, g.mul(dy, slope))]
+
+
 @vjp("Clip", versions=(13,))
 def clip(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dx = dy inside the bounds; at a bound dy, but 0 where the lower bound is 0: that is ReLU or ReLU6."""
@@ -72,6 +91,32 @@ def leaky_relu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     return [g.where(g.greater(x, g.like(x, 0)), dy, g.scale(dy, node.attrs["alpha"]))]
 
 
+@vjp("PRelu", versions=(16,), wrt=(0, 1), broadcast=True)
+def prelu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
+    """dx = dy where x > 0, else slope dy; dslope = x dy where x <= 0"""
+    x, slope = node.inputs
+    positive = g.greater(x, g.like(x, 0))
+    return [
+        lambda: g.with_shape(g.where(positive, dy, g.mul(dy, slope)), x),
+        lambda: g.where(positive, g.like(dy, 0), g.mul(dy, x)),
+    ]
+
+
+@vjp("ThresholdedRelu", versions=(10, 22))
+def thresholded_relu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dx = dy where x > alpha"""
+    (x,) = node.inputs
+    return [masks.keep(g, dy, g.greater(x, g.like(x, node.attrs["alpha"])))]
+
+
+@vjp("Shrink", versions=(9,))
+def shrink(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dx = dy where x < -lambd or x > lambd"""
+    (x,) = node.inputs
+    bound = node.attrs["lambd"]
+    return [masks.keep(g, dy, g.op("Or", g.less(x, g.like(x, -bound)), g.greater(x, g.like(x, bound))))]
+
+
 @vjp("HardSigmoid", versions=(6, 22))
 def hard_sigmoid(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """y = clip(alpha x + beta, 0, 1); dx = alpha dy strictly inside"""
@@ -92,3 +137,60 @@ def _inside_unit(g: Emitter, dy: gs.Tensor, y: gs.Tensor) -> gs.Tensor:
     if y.dtype == np.float32:
         return masks.where_below(g, masks.where_positive(g, dy, y), y, 1.0)
     return masks.keep(g, dy, g.op("And", g.greater(y, g.like(y, 0)), g.less(y, g.like(y, 1))))
+
+
+# -- smooth -------------------------------------------------------------------------------------------------------
+
+
+@vjp("Softsign", versions=(1, 22))
+def softsign(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = x / (1 + |x|); dx = dy / (1 + |x|)^2"""
+    (x,) = node.inputs
+    return [g.div(dy, g.pow(g.add(g.op("Abs", x), g.like(x, 1)), 2))]
+
+
+@vjp("Swish", versions=(24,))
+def swish(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = x s, s = sigmoid(alpha x); dx = dy (s + alpha y (1 - s))"""
+    (x,), (y,) = node.inputs, node.outputs
+    alpha = node.attrs["alpha"]
+    s = g.sigmoid(g.scale(x, alpha))
+    return [g.mul(dy, g.add(s, g.scale(g.mul(y, g.sub(g.like(x, 1), s)), alpha)))]
+
+
+@vjp("Mish", versions=(18, 22))
+def mish(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = x t, t = tanh(softplus(x)); dx = dy (t + x (1 - t^2) sigmoid(x))"""
+    (x,) = node.inputs
+    t = g.op("Tanh", g.op("Softplus", x))
+    bend = g.mul(g.sub(g.like(x, 1), g.mul(t, t)), g.sigmoid(x))
+    return [g.mul(dy, g.add(t, g.mul(x, bend)))]
+
+
+@vjp("Gelu", versions=(20,))
+def gelu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = x P(x), P the normal distribution or tanh's approximation of it; dx = dy (P + x P')"""
+    (x,) = node.inputs
+    p, slope = _normal_by_tanh(g, x) if node.attrs["approximate"] == "tanh" else _normal_by_erf(g, x)
+    return [g.mul(dy, g.add(p, slope))]
+
+
+def _normal_by_erf(g: Emitter, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
+    """P = (1 + erf(x / sqrt 2)) / 2, and x P' = x exp(-x^2 / 2) / sqrt(2 pi)"""
+    p = g.scale(g.add(g.op("Erf", g.scale(x, sqrt(1 / 2))), g.like(x, 1)), 1 / 2)
+    density = g.scale(g.op("Exp", g.scale(g.mul(x, x), -1 / 2)), 1 / sqrt(2 * pi))
+    return p, g.mul(x, density)
+
+
+def _normal_by_tanh(g: Emitter, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
+    """P = (1 + t) / 2 with t = tanh(a (x + b x^3)), and x P' = x (1 - t^2) a (1 + 3 b x^2) / 2
+
+    Beyond 10 both are constant to the last bit of a double, and powers of x are kept from overflowing.
+    """
+    a, b = sqrt(2 / pi), 0.044715
+    x = g.maximum(g.minimum(x, g.like(x, 10)), g.like(x, -10))
+    square = g.mul(x, x)
+    t = g.op("Tanh", g.scale(g.mul(x, g.add(g.scale(square, b), g.like(x, 1))), a))
+    steepness = g.add(g.scale(square, 3 * a * b / 2), g.like(x, a / 2))
+    slope = g.mul(g.mul(x, g.sub(g.like(x, 1), g.mul(t, t))), steepness)
+    return g.scale(g.add(t, g.like(x, 1)), 1 / 2), slope

@@ -1,5 +1,6 @@
 """Elementwise arithmetic. Several tensors broadcast against each other: the engine sums over the broadcast axes."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -74,6 +75,23 @@ def sum_(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     return [dy] * len(node.inputs)
 
 
+@vjp("Mean", versions=(13,), wrt=None, broadcast=True)
+def mean(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dy / n, to each of the n terms"""
+    return [g.scale(dy, 1 / len(node.inputs))] * len(node.inputs)
+
+
+def _takes_divisors_sign(node: gs.Node) -> str | None:
+    return None if node.attrs["fmod"] else "ONNX gives real numbers no remainder without fmod=1; set it"
+
+
+@vjp("Mod", versions=(13,), wrt=(0, 1), broadcast=True, refuse=_takes_divisors_sign)
+def mod(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
+    """y = a - n b with n = trunc(a / b) = (a - y) / b; da = dy, db = -n dy"""
+    (a, b), (y,) = node.inputs, node.outputs
+    return [dy, lambda: g.mul(dy, g.op("Round", g.div(g.sub(y, a), b)))]
+
+
 @vjp("Max", versions=(13,), wrt=None, broadcast=True)
 def max_(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
     """dy to the largest; where several are, in equal parts"""
@@ -140,6 +158,13 @@ def reciprocal(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """y = 1 / x; dx = -dy y^2"""
     (y,) = node.outputs
     return [g.neg(g.mul(dy, g.mul(y, y)))]
+
+
+@vjp("Erf", versions=(13,))
+def erf(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """d erf(x) = 2 / sqrt(pi) exp(-x^2) dx"""
+    (x,) = node.inputs
+    return [g.mul(dy, g.scale(g.op("Exp", g.neg(g.mul(x, x))), 2 / math.sqrt(math.pi)))]
 
 
 @vjp("Identity", versions=(16, 19, 21, 23, 24, 25))

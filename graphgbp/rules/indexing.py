@@ -29,6 +29,37 @@ def _between_zeros(g: Emitter, dy: gs.Tensor, x: gs.Tensor, index: int, axis: in
     return g.pad(g.unsqueeze(dy, [axis]), [*begins, *ends])
 
 
+@vjp("GatherElements", versions=(13,))
+def gather_elements(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dy added where each element was taken"""
+    x, indices = node.inputs
+    return [g.scatter_add(x, indices, dy, node.attrs["axis"])]
+
+
+@vjp("GatherND", versions=(13,))
+def gather_nd(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dy added where each slice was taken; ScatterND knows no batch axes"""
+    x, indices = node.inputs
+    batch_dims = node.attrs["batch_dims"]
+    if batch_dims:
+        return [add_at(g, dy, g.op("GatherND", places(g, x), indices, batch_dims=batch_dims), x)]
+    return [g.op("ScatterND", g.zeros_like(x), indices, dy, reduction="add")]
+
+
+@vjp("Compress", versions=(11,))
+def compress(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dy added where each slice was taken"""
+    x, condition = node.inputs
+    return [add_at(g, dy, g.op("Compress", places(g, x), condition, axis=node.attrs.get("axis")), x)]
+
+
+@vjp("TopK", versions=(11, 24))
+def top_k(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dy to the values that were chosen"""
+    x, (_, indices) = node.inputs[0], node.outputs
+    return [g.scatter_add(x, indices, dy, node.attrs["axis"])]
+
+
 @vjp("Range", versions=(11,), wrt=(0, 1, 2))
 def range_(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
     """y_i = start + i delta; dstart = sum(dy), ddelta = sum(i dy); the limit only sets how many there are"""

@@ -1,9 +1,10 @@
-"""Normalizations: batch, local response, and softmax with its logarithm."""
+"""Normalizations: softmax with its logarithm, by a norm, batch, local response."""
 
 from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
+from graphgbp import masks
 from graphgbp.emit import Emitter
 from graphgbp.registry import Cotangent, vjp
 from graphgbp.rules.refusals import unknown_rank
@@ -21,6 +22,22 @@ def log_softmax(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dx = dy - exp(y) sum(dy)"""
     (y,) = node.outputs
     return [g.sub(dy, g.mul(g.op("Exp", y), g.reduce_sum(dy, [node.attrs["axis"]])))]
+
+
+@vjp("LpNormalization", versions=(1, 22))
+def lp_normalization(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = x / n with n the sum of |x|, or the root of that of x^2; dx = (dy - dn sum(dy y)) / n
+
+    dn = sign(x), or y. Where n = 0 ONNX has y = 0, and dx = 0.
+    """
+    (x,), (y,) = node.inputs, node.outputs
+    axes = [node.attrs["axis"]]
+    if node.attrs["p"] == 1:
+        norm, slope = g.reduce_sum(g.op("Abs", x), axes), g.op("Sign", x)
+    else:
+        norm, slope = g.sqrt(g.reduce_sum(g.mul(x, x), axes)), y
+    dx = g.div(g.sub(dy, g.mul(slope, g.reduce_sum(g.mul(dy, y), axes))), norm)
+    return [masks.keep(g, dx, g.greater(norm, g.like(norm, 0)))]
 
 
 def _trains(node: gs.Node) -> str | None:

@@ -1,4 +1,4 @@
-"""Pooling: the largest or the mean element of each window, or of the whole image."""
+"""Pooling: the largest element, the mean or the p-norm of each window, or of the whole image."""
 
 from collections.abc import Sequence
 from math import prod
@@ -89,7 +89,7 @@ def average_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
         margins = [window.kernel - 1 - window.pads[0] for window in axes if window.pads]
         kernel = [window.kernel for window in axes]
         return [g.op("AveragePool", dy, kernel_shape=kernel, pads=margins * 2, count_include_pad=1)]
-    return [_spread(g, dy, axes, x)]
+    return [_spread(g, dy, axes, x, 1 / prod(window.kernel for window in axes))]
 
 
 def _is_its_own_transpose(window: Window) -> bool:
@@ -100,10 +100,9 @@ def _is_its_own_transpose(window: Window) -> bool:
     return window.stride == window.dilation == 1 and window.pads is not None and window.pads[0] == window.pads[1]
 
 
-def _spread(g: Emitter, dy: gs.Tensor, axes: Sequence[Window], x: gs.Tensor) -> gs.Tensor:
-    """The transpose of a mean over every tap of the window, channel by channel: the channels join the batch."""
-    kernel = [window.kernel for window in axes]
-    taps = g.constant(np.full([1, 1, *kernel], 1 / prod(kernel), dy.dtype))
+def _spread(g: Emitter, dy: gs.Tensor, axes: Sequence[Window], x: gs.Tensor, weight: float) -> gs.Tensor:
+    """The transpose of a sum over every tap of the window times a weight, channel by channel: they join the batch."""
+    taps = g.constant(np.full([1, 1, *(window.kernel for window in axes)], weight, dy.dtype))
     images = g.reshape(dy, [-1, 1, *(g.size(dy, axis + 2) for axis in range(len(axes)))])
     return g.reshape_like(transpose(g, images, taps, axes, x), x)
 
@@ -130,9 +129,14 @@ def _taps_over_divisor(g: Emitter, node: gs.Node, axes: Sequence[Window]) -> gs.
         return correction
     one = g.op("Expand", g.like(x, 1), g.join([1, 1, *(g.size(x, axis + 2) for axis in range(len(axes)))]))
     measured = g.op("AveragePool", one, **node.attrs)
-    if is_static(y.shape):  # spelled out, because ONNX's inference before opset 22 may round the sizes up too far
-        measured = g.op("Reshape", measured, g.ints([1, 1, *y.shape[2:]]))
-    return g.mul(correction, measured)
+    return g.mul(correction, _in_true_sizes(g, measured, y))
+
+
+def _in_true_sizes(g: Emitter, pooled: gs.Tensor, y: gs.Tensor) -> gs.Tensor:
+    """Spelled out for ceil_mode, because ONNX's inference before opset 22 may round the sizes up too far."""
+    if y.shape is None or not is_static(y.shape[2:]):
+        return pooled
+    return g.op("Reshape", pooled, g.ints([0, 0, *y.shape[2:]]))
 
 
 def _overhang(window: Window) -> int | None:
@@ -164,3 +168,39 @@ def global_average_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotang
         return [g.expand_like(g.scale(dy, 1 / prod(sizes)), x)]
     positions = g.cast(g.div(g.count(x), g.count(dy)), dy.dtype)
     return [g.expand_like(g.div(dy, positions), x)]
+
+
+# -- p-norm ----------------------------------------------------------------------------------------------------------
+
+
+@vjp("LpPool", versions=(11, 18, 22), refuse=_refuse)
+def lp_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = (sum |x|^p)^(1/p) over the window; dx = sign(x) |x|^(p-1) times dy y^(1-p), added up over the windows"""
+    (x,), (y,), p = node.inputs, node.outputs, node.attrs["p"]
+    y = _in_true_sizes(g, y, y) if node.attrs.get("ceil_mode") else y
+    share = dy if p == 1 else g.div(dy, g.pow(_nonzero(g, y), p - 1))
+    total = _spread(g, share, windows(node, node.attrs["kernel_shape"]), x, 1)
+    return [g.mul(_signed_power(g, x, p - 1), total)]
+
+
+@vjp("GlobalLpPool", versions=(2, 22))
+def global_lp_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = (sum |x|^p)^(1/p); dx = dy sign(x) (|x| / y)^(p-1)"""
+    (x,), (y,), p = node.inputs, node.outputs, node.attrs["p"]
+    if p == 1:
+        return [g.mul(dy, g.op("Sign", x))]
+    return [g.mul(dy, _signed_power(g, g.div(x, _nonzero(g, y)), p - 1))]
+
+
+def _signed_power(g: Emitter, x: gs.Tensor, exponent: int) -> gs.Tensor:
+    """sign(x) |x|^exponent"""
+    if exponent == 0:
+        return g.op("Sign", x)
+    if exponent == 1:
+        return x
+    return g.mul(x, g.pow(g.op("Abs", x), exponent - 1))
+
+
+def _nonzero(g: Emitter, y: gs.Tensor) -> gs.Tensor:
+    """y, and 1 where the norm is 0: there x is 0 too, and its cotangent, as torch has it."""
+    return g.where(g.greater(y, g.like(y, 0)), y, g.like(y, 1))

@@ -1,7 +1,8 @@
-"""Reductions over axes. The axes are an attribute or an input, by opset; they must be known before running."""
+"""Reductions over axes, and the running sum. A reduction's axes, an attribute or an input by opset, must be known."""
 
 import onnx_graphsurgeon as gs
 
+from graphgbp import masks
 from graphgbp.emit import Emitter, Size
 from graphgbp.registry import vjp
 
@@ -36,6 +37,62 @@ def reduce_extremum(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]
     hits = g.cast(g.equal(x, _keep_axes(g, node, y)), dy.dtype)
     share = g.div(_keep_axes(g, node, dy), g.reduce_sum(hits, _axes(node)))
     return [g.mul(hits, share)]
+
+
+@vjp("ReduceL1", versions=(13, 18), refuse=_refuse)
+def reduce_l1(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = sum |x|; dx = dy sign(x)"""
+    return [g.mul(g.op("Sign", node.inputs[0]), _keep_axes(g, node, dy))]
+
+
+@vjp("ReduceL2", versions=(13, 18), refuse=_refuse)
+def reduce_l2(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = sqrt(sum x^2); dx = dy x / y, and 0 where y = 0"""
+    (x, *_), (y,) = node.inputs, node.outputs
+    zero = g.like(y, 0)
+    share = g.where(g.equal(y, zero), zero, g.div(dy, y))
+    return [g.mul(x, _keep_axes(g, node, share))]
+
+
+@vjp("ReduceSumSquare", versions=(13, 18), refuse=_refuse)
+def reduce_sum_square(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = sum x^2; dx = 2 dy x"""
+    return [g.mul(node.inputs[0], g.scale(_keep_axes(g, node, dy), 2))]
+
+
+@vjp("ReduceLogSum", versions=(13, 18), refuse=_refuse)
+def reduce_log_sum(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = log(sum x); dx = dy / sum x"""
+    (x, *_) = node.inputs
+    share = g.div(_keep_axes(g, node, dy), g.reduce_sum(x, _axes(node)))
+    return [g.expand_like(share, x)]
+
+
+@vjp("ReduceLogSumExp", versions=(13, 18), refuse=_refuse)
+def reduce_log_sum_exp(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y = log(sum exp(x)); dx = dy exp(x - y)"""
+    (x, *_), (y,) = node.inputs, node.outputs
+    return [g.mul(g.op("Exp", g.sub(x, _keep_axes(g, node, y))), _keep_axes(g, node, dy))]
+
+
+@vjp("ReduceProd", versions=(13, 18), refuse=_refuse)
+def reduce_prod(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dx = dy times the product of the other factors: that of all but zeros, over x, where no other factor is 0"""
+    (x, *_) = node.inputs
+    axes = _axes(node)
+    is_zero = g.equal(x, g.like(x, 0))
+    factors, zeros = g.where(is_zero, g.like(x, 1), x), g.cast(is_zero, x.dtype)
+    other_zeros = g.sub(g.reduce_sum(zeros, axes), zeros)
+    others = g.div(g.reduce_prod(factors, axes), factors)
+    alone = g.equal(other_zeros, g.like(zeros, 0))
+    return [g.mul(_keep_axes(g, node, dy), masks.keep(g, others, alone))]
+
+
+@vjp("CumSum", versions=(14,))
+def cum_sum(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """x_j is in every y_i from j on: dx is the running sum of dy from the other end"""
+    exclusive, reverse = node.attrs["exclusive"], node.attrs["reverse"]
+    return [g.op("CumSum", dy, node.inputs[1], exclusive=exclusive, reverse=1 - reverse)]
 
 
 def _axes(node: gs.Node) -> list[int]:

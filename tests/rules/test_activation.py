@@ -6,11 +6,12 @@ import torch
 from onnx import helper, numpy_helper
 from torch.nn import functional
 
+import graphgbp
 from graphgbp import masks
 from graphgbp.append import append
 from graphgbp.emit import Emitter
 from graphgbp.prepare import prepare
-from tests.rules.harness import check_rule, normal, run
+from tests.rules.harness import check_rule, normal, run, run_by_reference, single_op
 
 OPSETS = (16, 18, 22, 26)
 ACTIVATIONS = {
@@ -22,15 +23,36 @@ ACTIVATIONS = {
     "LeakyRelu": (lambda x: functional.leaky_relu(x, 0.2), {"alpha": 0.2}),
     "HardSigmoid": (lambda x: torch.clamp(0.3 * x + 0.4, 0, 1), {"alpha": 0.3, "beta": 0.4}),
     "HardSwish": (functional.hardswish, {}),
+    "Selu": (lambda x: functional.selu(x) * 1.5, {"gamma": 1.5 * 1.0507009873554804934}),
+    "Celu": (lambda x: functional.celu(x, 0.7), {"alpha": 0.7}),
+    "ThresholdedRelu": (lambda x: functional.threshold(x, 0.6, 0), {"alpha": 0.6}),
+    "Shrink": (lambda x: functional.softshrink(x, 0.6), {"lambd": 0.6, "bias": 0.6}),
+    "Softsign": (functional.softsign, {}),
+    "Mish": (functional.mish, {}),
+    "Gelu": (functional.gelu, {}),
+    "Swish": (lambda x: x * torch.sigmoid(1.5 * x), {"alpha": 1.5}),
 }
+FIRST_OPSET = {"Mish": 18, "Gelu": 20, "Swish": 24}
 
 
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("op", ["Relu", "Sigmoid", "Tanh", "Softplus", "Elu", "LeakyRelu", "HardSigmoid", "HardSwish"])
 def test_activation(op, dynamic, opset):
+    _check(op, dynamic, opset)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", ["Selu", "Celu", "ThresholdedRelu", "Shrink", "Softsign", "Mish", "Gelu", "Swish"])
+def test_later_activation(op, dynamic, opset):
+    _check(op, dynamic, max(opset, FIRST_OPSET.get(op, 16)))
+
+
+def _check(op, dynamic, opset):
     reference, attributes = ACTIVATIONS[op]
-    check_rule(op, [4 * normal(3, 4, 5)], reference, opset=opset, dynamic=dynamic, **attributes)
+    evaluate = run_by_reference if (op, opset) == ("Swish", 26) else run  # where ONNX Runtime lacks it
+    check_rule(op, [4 * normal(3, 4, 5)], reference, opset=opset, dynamic=dynamic, evaluate=evaluate, **attributes)
 
 
 @pytest.mark.parametrize("op", ["Relu", "Sigmoid", "Tanh", "LeakyRelu"])
@@ -39,11 +61,62 @@ def test_activation_in_double(op):
     check_rule(op, [4 * normal(3, 4, 5).astype(np.float64)], reference, tolerance=1e-7, **attributes)
 
 
+@pytest.mark.parametrize("op", ["Selu", "ThresholdedRelu", "Shrink", "Softsign", "Mish", "Gelu", "Swish"])
+def test_later_activation_in_double(op):
+    reference, attributes = ACTIVATIONS[op]
+    x = 4 * normal(3, 4, 5, seed=1).astype(np.float64)
+    check_rule(op, [x], reference, opset=24, evaluate=run_by_reference, tolerance=1e-7, **attributes)
+
+
+@pytest.mark.parametrize("opset", [20, 26])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gelu_by_tanh(dynamic, opset):
+    reference = lambda x: functional.gelu(x, approximate="tanh")  # noqa: E731
+    x = 4 * normal(3, 4, 5)
+    check_rule("Gelu", [x], reference, opset=opset, dynamic=dynamic, approximate="tanh")
+
+
+@pytest.mark.parametrize(("dtype", "large"), [("float16", 300), ("float32", 1e19), ("float64", 1e100)])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_large_numbers(approximate, dtype, large):
+    """Far out it is 0 or x, though powers of x overflow."""
+    x = np.array([-large, -9.9, -0.5, 0.5, 9.9, large], dtype)
+    model = single_op("Gelu", [x], opset=20, approximate=approximate)
+    with np.errstate(over="ignore"):
+        got = run_by_reference(graphgbp.vjp(model), {"x0": x, "y0_grad": np.ones_like(x)})["x0_grad"]
+    np.testing.assert_allclose(got[[0, 1, 4, 5]], [0, 0, 1, 1], atol=1e-3)
+
+
+SLOPES = [(), (1,), (4,), (3, 1, 1), (1, 3, 1, 4), (2, 3, 1, 4)]
+
+
+@pytest.mark.parametrize("opset", [16, 26])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("wrt", [(0,), (0, 1)])
+@pytest.mark.parametrize("shape", SLOPES)
+def test_prelu(shape, wrt, dynamic, opset):
+    x, slope = normal(2, 3, 1, 4), np.asarray(normal(*shape, seed=1))
+    reference = lambda x, slope: torch.where(x > 0, x, slope * x)  # noqa: E731
+    check_rule("PRelu", [x, slope], reference, wrt=wrt, dynamic=dynamic, opset=opset)
+
+
+def test_prelu_is_torchs():
+    x, slope = np.array([[-1, 0, 2], [-0.0, 3, -4]], np.float32), normal(3, seed=1)
+    check_rule("PRelu", [x, slope], functional.prelu, wrt=(0, 1))
+    doubles = [x.astype(np.float64), slope.astype(np.float64)]
+    check_rule("PRelu", doubles, functional.prelu, wrt=(0, 1), evaluate=run_by_reference, tolerance=1e-12)
+
+
 def test_default_attributes():
     x = 4 * normal(30)
     check_rule("Elu", [x], functional.elu)
     check_rule("LeakyRelu", [x], lambda x: functional.leaky_relu(x, 0.01))
     check_rule("HardSigmoid", [x], lambda x: torch.clamp(0.2 * x + 0.5, 0, 1))
+    check_rule("Selu", [x], functional.selu)
+    check_rule("Celu", [x], functional.celu)
+    check_rule("ThresholdedRelu", [x], lambda x: functional.threshold(x, 1, 0))
+    check_rule("Shrink", [x], functional.hardshrink)
+    check_rule("Swish", [x], functional.silu, opset=24)
 
 
 BOUNDS = [(0, 6), (0, None), (0, 1), (0, 3.7), (0, 255), (-1, 1), (None, 2), (-2, None), (0.5, 3), (None, None)]
@@ -83,6 +156,11 @@ def test_clip_between_run_time_bounds():
         ("LeakyRelu", lambda x: functional.leaky_relu(x, 0.01), [0.0]),
         ("HardSwish", functional.hardswish, [-3.0, 0.0, 3.0]),
         ("Elu", functional.elu, [0.0]),
+        ("Selu", functional.selu, [0.0]),
+        ("Celu", functional.celu, [0.0]),
+        ("ThresholdedRelu", lambda x: functional.threshold(x, 1, 0), [1.0]),
+        ("Shrink", functional.hardshrink, [-0.5, 0.5]),
+        ("Softsign", functional.softsign, [0.0]),
     ],
 )
 def test_kinks_follow_torch(op, reference, kinks):

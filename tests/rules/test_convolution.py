@@ -1,4 +1,4 @@
-"""Conv against torch: explicit padding, then the plain convolution."""
+"""Conv and ConvTranspose against torch: explicit padding, or the whole transpose cut to size."""
 
 import random
 
@@ -173,3 +173,136 @@ def test_half_precision():
     got = run(graphgbp.vjp(model), {"x0": x, "y0_grad": dy})["x0_grad"]
     assert got.dtype == np.float16
     np.testing.assert_allclose(got, tensor.grad.numpy(), atol=2e-2)
+
+
+# -- the transposed convolution --------------------------------------------------------------------------------------
+
+
+def transposed(strides, pads, dilations, group, beyond, sizes=None):
+    """The whole transpose, then cut: by pads, or from their begin to the asked sizes."""
+    rank = len(strides)
+
+    def reference(x, w, b=None):
+        options = {"stride": strides, "dilation": dilations, "groups": group}
+        y = getattr(F, f"conv_transpose{rank}d")(x, w, None, **options)
+        y = F.pad(y, [side for padding in reversed(beyond) for side in (0, padding)])
+        for axis in range(rank):
+            size = y.shape[axis + 2] - pads[axis] - pads[axis + rank] if sizes is None else sizes[axis]
+            missing = max(0, pads[axis] + size - y.shape[axis + 2])
+            y = F.pad(y, [0, 0] * (rank - 1 - axis) + [0, missing]).narrow(axis + 2, pads[axis], size)
+        return y if b is None else y + b.reshape(-1, *[1] * rank)
+
+    return reference
+
+
+def check_transposed(x, w, b=None, *, strides, pads, dilations=None, group=1, beyond=None, attributes=None, **options):
+    rank = len(strides)
+    dilations, beyond = dilations or [1] * rank, beyond or [0] * rank
+    attributes = {"pads": pads} if attributes is None else attributes
+    check_rule(
+        "ConvTranspose",
+        [x, w] if b is None else [x, w, b],
+        transposed(strides, pads, dilations, group, beyond, attributes.get("output_shape")),
+        strides=strides,
+        dilations=dilations,
+        group=group,
+        output_padding=beyond,
+        **attributes,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, {0: [0]}, {0: [0, 1, 2, 3]}])
+@pytest.mark.parametrize("opset", [16, 22, 26])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pads", "beyond"),
+    [(2, 2, 0, 0), (3, 2, 1, 1), (4, 2, 1, 0), (3, 1, 1, 0), (5, 3, 2, 2), (1, 2, 0, 0)],
+)
+def test_common_transposed_convolutions(kernel, stride, pads, beyond, opset, dynamic):
+    x, w, b = normal(2, 4, 5, 3), normal(4, 3, kernel, kernel, seed=1), normal(3, seed=2)
+    options = {"strides": [stride] * 2, "pads": [pads] * 4, "beyond": [beyond] * 2, "opset": opset, "dynamic": dynamic}
+    check_transposed(x, w, b, wrt=(0, 1, 2), **options)
+    check_transposed(x, w, b, wrt=(0,), **options)
+
+
+def test_random_transposed_convolutions():
+    choose = random.Random(0)
+    for _ in range(160):
+        rank = choose.choice([1, 2, 2, 3])
+        group, channels, filters = choose.choice([(1, 2, 3), (1, 1, 1), (2, 2, 2), (3, 1, 1), (2, 1, 3), (3, 2, 1)])
+        kernel = [choose.randint(1, 4) for _ in range(rank)]
+        strides, dilations = ([choose.randint(1, 3) for _ in range(rank)] for _ in range(2))
+        beyond = [choose.randint(0, stride - 1) for stride in strides]
+        sizes = [choose.randint(1, 5) for _ in range(rank)]
+        room = [
+            strides[a] * (sizes[a] - 1) + dilations[a] * (kernel[a] - 1) + beyond[a] for a in range(rank)
+        ]  # that pads may take
+        begins = [choose.randint(0, min(3, room[a])) for a in range(rank)]
+        ends = [choose.randint(0, min(3, room[a] - begins[a])) for a in range(rank)]
+        check_transposed(
+            normal(2, group * channels, *sizes),
+            normal(group * channels, filters, *kernel, seed=1),
+            normal(group * filters, seed=2),
+            strides=strides,
+            pads=begins + ends,
+            dilations=dilations,
+            group=group,
+            beyond=beyond,
+            wrt=(0, 1, 2),
+            tolerance=1e-4,
+            opset=choose.choice([16, 22]),
+            dynamic={0: choose.sample(range(rank + 2), choose.randint(0, rank + 2))},
+        )
+
+
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("dynamic", [False, {0: [0, 2, 3]}])
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((1, 2), 1), ((2, 3), 1), ((2, 3), 2), ((5, 4), 2), ((3, 4), 3), ((5, 5), 3)]
+)
+def test_transposed_auto_pad(auto_pad, kernel, stride, dynamic):
+    sizes = (4, 3)
+    totals = [max(0, taps - stride) if auto_pad.startswith("SAME") else 0 for taps in kernel]
+    begins = [total // 2 if auto_pad == "SAME_UPPER" else total - total // 2 for total in totals]
+    pads = begins + [total - begin for total, begin in zip(totals, begins, strict=True)]
+    reference = transposed([stride] * 2, pads, [1, 1], 1, [0, 0])
+    attributes = {"strides": [stride] * 2, "auto_pad": auto_pad, "dynamic": dynamic}
+    check_rule(
+        "ConvTranspose", [normal(1, 2, *sizes), normal(2, 3, *kernel, seed=1)], reference, wrt=(0, 1), **attributes
+    )
+
+
+@pytest.mark.parametrize("auto_pad", ["NOTSET", "SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("sizes", [(9, 8), (10, 9), (8, 7), (11, 10), (12, 9)])
+def test_transposed_output_shape(auto_pad, sizes):
+    """3 taps, stride 2 on 5 x 4: 11 x 9 by themselves."""
+    totals = [max(0, 11 - sizes[0]), max(0, 9 - sizes[1])]
+    begins = [total // 2 if auto_pad == "SAME_UPPER" else total - total // 2 for total in totals]
+    check_transposed(
+        normal(2, 3, 5, 4),
+        normal(3, 2, 3, 3, seed=1),
+        strides=[2, 2],
+        pads=begins,
+        attributes={"output_shape": sizes, "auto_pad": auto_pad},
+        wrt=(0, 1),
+        dynamic={0: [0]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("attributes", "dynamic", "reason"),
+    [
+        ({"output_shape": [9]}, {0: [2]}, "output_shape for an input"),
+        ({"output_shape": [3]}, False, "output_shape is smaller"),
+        ({"output_padding": [1], "auto_pad": "SAME_UPPER"}, False, "SAME_UPPER beyond"),
+        ({"dilations": [1], "kernel_shape": [3], "strides": [4], "auto_pad": "SAME_LOWER"}, False, "SAME_LOWER beyond"),
+        ({"output_padding": [2], "dilations": [3]}, False, "not below its stride"),
+        ({}, {1: [2]}, "the shape of its weight 'x1'"),
+    ],
+)
+def test_transposed_refusals(attributes, dynamic, reason):
+    model = single_op(
+        "ConvTranspose", [normal(1, 1, 4), normal(1, 1, 3)], opset=18, dynamic=dynamic, **{"strides": [2], **attributes}
+    )
+    with pytest.raises(UnsupportedOperatorError, match=reason):
+        graphgbp.vjp(model, inputs=["x0"])

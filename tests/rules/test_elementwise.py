@@ -4,7 +4,7 @@ import torch
 
 import graphgbp
 from graphgbp.errors import UnsupportedOperatorError
-from tests.rules.harness import check_rule, normal, run, single_op
+from tests.rules.harness import check_rule, normal, run, run_by_reference, single_op
 
 OPSETS = (16, 19, 21, 23, 24, 26)  # each has another version of Identity and Cast
 SHAPES = [((2, 3, 4), (2, 3, 4)), ((2, 3, 4), (3, 1)), ((4,), (2, 3, 4)), ((2, 1, 4), (1, 3, 1)), ((), (2, 3))]
@@ -86,6 +86,40 @@ def test_power_of_any_base(exponent, dtype, known):
 def test_power_of_zero():
     base, exponent = np.array([0, 0, 0, 2], np.float32), np.array([0, 1, 2.5, 0], np.float32)
     check_rule("Pow", [base, exponent], torch.pow, wrt=(0, 1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_mean(count, dynamic):
+    shapes = [(2, 3, 4), (3, 1), (1, 1, 4)][:count]
+    inputs = [normal(*shape, seed=index + 1) for index, shape in enumerate(shapes)]
+    mean = lambda *terms: sum(terms) / len(terms)  # noqa: E731
+    check_rule("Mean", inputs, mean, wrt=range(count), dynamic=dynamic)
+    doubles = [value.astype(np.float64) for value in inputs]
+    check_rule("Mean", doubles, mean, wrt=range(count), evaluate=run_by_reference, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shapes", [((2, 3, 4), (2, 3, 4)), ((2, 3, 4), (3, 1)), ((4,), (2, 3, 4))])
+def test_mod(shapes, dtype, dynamic, opset):
+    a, b = (normal(*shape, seed=index + 1).astype(dtype) for index, shape in enumerate(shapes))
+    check_rule("Mod", [9 * a, b + np.sign(b)], torch.fmod, wrt=(0, 1), dynamic=dynamic, opset=opset, fmod=1)
+
+
+def test_mod_with_the_divisors_sign_is_refused():
+    model = single_op("Mod", [normal(3), normal(3)], opset=18)
+    with pytest.raises(UnsupportedOperatorError, match="'node': ONNX gives real numbers no remainder without fmod=1"):
+        graphgbp.vjp(model)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_erf(dynamic, opset):
+    x = normal(3, 4, 5, seed=1)
+    check_rule("Erf", [2 * x], torch.erf, opset=opset, dynamic=dynamic)
+    check_rule("Erf", [x.astype(np.float64)], torch.erf, opset=opset, evaluate=run_by_reference, tolerance=1e-7)
 
 
 UNARY = [

@@ -25,6 +25,30 @@ def test_softmax_in_double(op, reference, opset):
     )
 
 
+@pytest.mark.parametrize("opset", [16, 18, 22, 26])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize("p", [1, 2])
+def test_lp_normalization(p, dtype, tolerance, dynamic, opset):
+    for axis in (0, 1, -1):
+        x = normal(3, 4, 5, seed=1).astype(dtype)
+        reference = lambda x: functional.normalize(x, p=p, dim=axis)  # noqa: B023, E731
+        options = {"dynamic": dynamic, "opset": opset, "tolerance": tolerance}
+        check_rule("LpNormalization", [x], reference, p=p, axis=axis, **options)
+
+
+def test_lp_normalization_by_default_is_along_the_last_axis_by_the_root_of_squares():
+    check_rule("LpNormalization", [normal(3, 4, seed=1)], functional.normalize)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_lp_normalization_of_zeros(p):
+    """ONNX makes them zeros, not 0/0; no gradient passes, and the other rows are none the worse."""
+    x = np.array([[0, 0, 0], [3, 0, -4]], np.float32)
+    reference = lambda x: torch.stack([0 * x[0], functional.normalize(x[1], p=p, dim=0)])  # noqa: E731
+    check_rule("LpNormalization", [x], reference, p=p)
+
+
 def _batch_norm(epsilon):
     def reference(x, scale, bias, mean, variance):
         shape = [-1] + [1] * (x.dim() - 2)

@@ -5,6 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from torch.nn import functional as F
 
 import graphgbp
@@ -80,6 +82,9 @@ class Geometry:
         windows = self.windows(x, LOWEST)
         first = torch.from_numpy(np.argmax(windows.detach().numpy(), -1))[..., None]
         return windows.gather(-1, first)[..., 0]
+
+    def norm(self, p):
+        return lambda x: torch.linalg.vector_norm(self.windows(x, 0), p, -1)
 
     def mean(self, count_include_pad):
         rank = len(self.kernel)
@@ -205,6 +210,18 @@ def test_random_average_pools():
         )
 
 
+def test_random_norm_pools():
+    choose = random.Random(0)
+    for _ in range(150):
+        geometry, x, dynamic = random_geometry(choose)
+        plain = set(geometry.dilations) == {1} and not geometry.ceil
+        opset = choose.choice([16, 18, 22]) if plain else choose.choice([18, 22])
+        attributes = {key: value for key, value in geometry.attributes.items() if opset > 16 or key != "ceil_mode"}
+        p = choose.randint(1, 4)
+        x = choose.choice([x, np.round(x), np.zeros_like(x)])  # also windows of zeros
+        check_rule("LpPool", [x], geometry.norm(p), opset=opset, dynamic=dynamic, tolerance=1e-4, p=p, **attributes)
+
+
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER"])
 @pytest.mark.parametrize("axes", [[], [2], [0, 2, 3]])
 @pytest.mark.parametrize(("kernel", "stride"), [((2, 3), 1), ((3, 3), 2), ((3, 4), 3)])
@@ -218,6 +235,7 @@ def test_auto_pad_same(auto_pad, axes, kernel, stride, opset):
         check_rule("MaxPool", [x], geometry.maximum, **options)
         for include in (0, 1):
             check_rule("AveragePool", [x], geometry.mean(include), count_include_pad=include, **options)
+        check_rule("LpPool", [x], geometry.norm(3), p=3, **options)
 
 
 @pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
@@ -270,3 +288,28 @@ def test_global_pools(sizes, opset, dynamic):
     check_rule("GlobalAveragePool", [x], lambda t: mean(t, 1), opset=opset, dynamic=dynamic)
     for image in (x, np.round(x), np.zeros_like(x)):
         check_rule("GlobalMaxPool", [image], lambda t: maximum(t, 1), opset=opset, dynamic=dynamic)
+
+
+class GlobalLpPool(OpRun):
+    """Since opset 22 neither ONNX Runtime nor ONNX's evaluator has it."""
+
+    def _run(self, x, p):
+        return (np.linalg.norm(x.reshape(*x.shape[:2], -1), p, -1).reshape(*x.shape[:2], *[1] * (x.ndim - 2)),)
+
+
+def run_with_norm_pool(model, feeds):
+    evaluator = ReferenceEvaluator(model, new_ops=[GlobalLpPool])
+    return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("opset", [16, 22])
+@pytest.mark.parametrize("p", [1, 2, 3, 5])
+@pytest.mark.parametrize("sizes", [(5,), (4, 6), (2, 3, 4)])
+def test_global_norm_pool(sizes, p, opset, dynamic):
+    x = normal(2, 3, *sizes)
+    x[0, 0] = 0
+    dims = tuple(range(2, x.ndim))
+    reference = lambda t: torch.linalg.vector_norm(t, p, dims, keepdim=True)  # noqa: E731
+    evaluate = run if opset < 22 else run_with_norm_pool
+    check_rule("GlobalLpPool", [x], reference, opset=opset, dynamic=dynamic, evaluate=evaluate, p=p)
