@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
 from graphgbp.emit import Emitter, elem_type
-from graphgbp.model_file import taken_names
+from graphgbp.model_file import tensor_names
 from graphgbp.prepare import View, node_proto
 
 _INITIALIZERS_NEED_NO_INPUT = 4  # the IR version from which an initializer need not be a graph input
@@ -17,7 +17,7 @@ def append(
     model: onnx.ModelProto, view: View, g: Emitter, inputs: Sequence[gs.Variable], outputs: Sequence[gs.Variable]
 ) -> None:
     """Add new inputs, outputs and the nodes the outputs need, emitted or recomputed, to `model`, in place."""
-    there = taken_names(model)
+    there = tensor_names(model)
     nodes = _live([*view.recomputed, *g.nodes], outputs, there)
     read = {tensor.name: tensor for node in nodes for tensor in node.inputs}
     graph = model.graph

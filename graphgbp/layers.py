@@ -149,7 +149,7 @@ def choose(
     """The target layer for a request: 'auto', a tensor's name or a node's name."""
     if request == "auto":
         return _last(layers)
-    tensor = _find(view, request)
+    tensor = _find(view, request, layers)
     if tensor.shape is None or len(tensor.shape) < 3 or not is_float(tensor):
         raise RequestError(f"'{request}' has no spatial positions (shape {tensor.shape}); {_advice(layers)}")
     if score.name not in varied_tensors(view, [tensor.name], rule_for):
@@ -177,14 +177,14 @@ def _last(layers: Sequence[Layer]) -> Layer:
     return layers[index]
 
 
-def _find(view: View, name: str) -> gs.Tensor:
+def _find(view: View, name: str, layers: Sequence[Layer]) -> gs.Tensor:
     if name in view.tensors:
         return view.tensors[name]
     by_node = {node.name: node for node in view.graph.nodes if node.name and node.outputs}
     if name in by_node:
         return by_node[name].outputs[0]
     near = difflib.get_close_matches(name, [*view.tensors, *by_node], n=4, cutoff=0.5)
-    hint = f"near matches: {', '.join(near)}" if near else "see `graphgbp inspect` for the candidates"
+    hint = f"near matches: {', '.join(near)}" if near else _advice(layers)
     raise RequestError(f"the model has no tensor or node named '{name}'; {hint}")
 
 

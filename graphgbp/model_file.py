@@ -175,15 +175,19 @@ def _bring_weights(model: onnx.ModelProto, path: Path, folder: Path | None) -> N
             raise OutputError(f"cannot write '{wanted}': {error.strerror or error}") from None
 
 
+def tensor_names(model: onnx.ModelProto) -> set[str]:
+    """Every tensor name of the model's main graph."""
+    graph = model.graph
+    groups = (graph.input, graph.output, graph.initializer, graph.value_info)
+    names = {value.name for group in groups for value in group}
+    for node in graph.node:
+        names.update([*node.input, *node.output])
+    return names - {""}
+
+
 def taken_names(model: onnx.ModelProto) -> set[str]:
     """Every tensor and node name of the model's main graph."""
-    graph = model.graph
-    names = {
-        value.name for group in (graph.input, graph.output, graph.initializer, graph.value_info) for value in group
-    }
-    for node in graph.node:
-        names.update([node.name, *node.input, *node.output])
-    return names
+    return tensor_names(model) | {node.name for node in model.graph.node}
 
 
 def append_metadata(model: onnx.ModelProto, manifest: Manifest) -> None:

@@ -16,11 +16,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper, shape_inference
+from onnx.external_data_helper import uses_external_data
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graphgbp.contract import SCOPE
 from graphgbp.emit import elem_type, type_of
-from graphgbp.errors import ModelFileError
-from graphgbp.model_file import taken_names, with_small_weights
+from graphgbp.errors import MissingWeightsError, ModelFileError
+from graphgbp.model_file import tensor_names, with_small_weights
 from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
 
 _FOLD_LIMIT = 1024
@@ -59,6 +61,8 @@ def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
     """
     model = with_small_weights(model, folder, _FOLD_LIMIT)
     graph = gs.import_onnx(model)
+    if folder is not None:
+        _read_weights_from(folder, graph)
     opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     graph.nodes[:] = topological_order(graph)
     _refuse_undefined(graph)
@@ -130,6 +134,31 @@ def skeleton(model: onnx.ModelProto, limit: int = _FOLD_LIMIT) -> onnx.ModelProt
     return small
 
 
+class _ExternalValues(LazyValues):
+    """The values of a weight in an external file, read from the model's folder and not from the current one."""
+
+    def __init__(self, tensor: onnx.TensorProto, folder: Path) -> None:
+        super().__init__(tensor)
+        self._folder = folder
+
+    def load(self) -> np.ndarray:
+        try:
+            return numpy_helper.to_array(self.tensor, str(self._folder))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise MissingWeightsError(f"weight '{self.tensor.name}' cannot be read from its file: {error}") from None
+
+
+def _read_weights_from(folder: Path, graph: gs.Graph) -> None:
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            values = tensor._values if isinstance(tensor, gs.Constant) else None
+            if isinstance(values, LazyValues) and uses_external_data(values.tensor):
+                tensor._values = _ExternalValues(values.tensor, folder)
+        for value in node.attrs.values():
+            if isinstance(value, gs.Graph):
+                _read_weights_from(folder, value)
+
+
 def _refuse_undefined(graph: gs.Graph) -> None:
     defined = {tensor.name for tensor in graph.inputs}
     for node in graph.nodes:
@@ -176,21 +205,28 @@ def _infer(view: View, model: onnx.ModelProto) -> None:
     for tensor in view.graph.inputs:
         if tensor.shape is not None:
             tensor.shape = _sizes_as_declared(tensor)
-    outer = taken_names(model)
+    outer, fixed = tensor_names(model), _fixed_names(model)
     waiting, done = deque(view.graph.nodes), []
+    inlined: set[int] = set()
     while waiting:
         node = waiting.popleft()
-        branch = _taken_branch(node)
+        branch = _taken_branch(node, fixed)
         if branch is not None:
             nodes = _inline(node, branch, outer)
             _read_constants(nodes)
-            view.recomputed.extend(nodes)
+            inlined.update(map(id, nodes))
             waiting.extendleft(reversed(nodes))
             continue
         done.append(node)
         _type_outputs(node, view.opsets, known)
         _fold(node, view.opsets)
     view.graph.nodes[:] = done
+    view.recomputed = [node for node in done if id(node) in inlined]
+
+
+def _fixed_names(model: onnx.ModelProto) -> set[str]:
+    """The tensors whose value no caller can replace: an initializer that is an input as well can be."""
+    return tensor_names(model) - {value.name for value in model.graph.input}
 
 
 def _type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType]) -> None:
@@ -213,9 +249,11 @@ def _sizes_as_declared(tensor: gs.Tensor) -> tuple[int | str, ...]:
     )
 
 
-def _taken_branch(node: gs.Node) -> gs.Graph | None:
+def _taken_branch(node: gs.Node, fixed: set[str]) -> gs.Graph | None:
     """The branch of an If whose condition is known."""
     if node.op != "If" or node.domain not in (None, "", "ai.onnx") or not isinstance(node.inputs[0], gs.Constant):
+        return None
+    if node.inputs[0].name not in fixed and not node.inputs[0].name.startswith(SCOPE):
         return None
     return node.attrs["then_branch" if node.inputs[0].values.reshape(()) else "else_branch"]
 

@@ -321,6 +321,46 @@ def test_the_taken_branch_of_a_known_condition_is_differentiated(condition):
     np.testing.assert_allclose(got, leaf.grad.numpy(), rtol=1e-5, atol=1e-7)
 
 
+def test_a_known_branch_within_a_known_branch():
+    inner = (
+        "d = If(k) <then_branch = i () => (u) { v = Exp (a)  u = Neg (v) }, else_branch = j () => (l) { l = Abs (a) }>"
+    )
+    outer = (
+        f"c = If(k) <then_branch = t () => (e) {{ {inner}  e = Sin (d) }}, else_branch = o () => (g) {{ g = Abs (a) }}>"
+    )
+    made = model(["a = Tanh(x)", outer, "y = Exp(c)"], {"x": (2, 3)}, ["y"], {"k": np.array(True)})
+    made.graph.node[0].name = "v"  # also the name of a tensor inside
+    x, dy = drawn(2, 3, seed=1), drawn(2, 3, seed=2)
+    got = run(graphgbp.vjp(made), {"x": x, "y_grad": dy})
+    leaf = torch.from_numpy(x).requires_grad_()
+    y = (-leaf.tanh().exp()).sin().exp()
+    y.backward(torch.from_numpy(dy))
+    np.testing.assert_allclose(got["y"], y.detach().numpy(), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(got["x_grad"], leaf.grad.numpy(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_condition_that_a_caller_can_replace_is_not_known():
+    made = model(["a = Exp(x)", BRANCH, "y = Relu(c)"], {"x": (2, 3)}, ["y"], {"k": np.array(True), "w": drawn(3)})
+    made.graph.input.append(onnx.helper.make_tensor_value_info("k", onnx.TensorProto.BOOL, []))
+    with pytest.raises(graphgbp.UnsupportedOperatorError, match="If"):
+        graphgbp.vjp(made)
+
+
+def test_external_weights_are_read_from_the_models_folder(tmp_path, monkeypatch):
+    """A large constant decides what is a rectifier; another file of that name lies in the current folder."""
+    zeros = np.zeros((1, 3, 32, 32), np.float32)
+    made = model(["m = Max(x, zeros)", "y = GlobalAveragePool(m)"], {"x": ("N", 3, 32, 32)}, ["y"], {"zeros": zeros})
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    onnx.save(made, folder / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    (elsewhere / "m.data").write_bytes(np.ones_like(zeros).tobytes())
+    for current in (tmp_path, elsewhere):
+        monkeypatch.chdir(current)
+        told = manifest(graphgbp.convert(folder / "m.onnx", ["guided_backprop"]))
+        assert [entry["clothing"] for entry in told["rectifiers"]] == ["Max(x, 0)"]
+
+
 def test_a_branch_chosen_at_run_time_is_refused():
     nodes = ["a = Exp(x)", "m = ReduceSum<keepdims=0>(a)", "k = Greater(m, zero)", BRANCH, "y = Relu(c)"]
     made = model(nodes, {"x": (2, 3)}, ["y"], {"zero": np.float32(0), "w": drawn(3)})

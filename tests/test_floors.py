@@ -25,6 +25,7 @@ FLOORS = [
     ["result"],
     ["explainer"],
     ["cli"],
+    ["__main__"],
 ]
 FLOOR = {name: index for index, names in enumerate(FLOORS) for name in names}
 

@@ -111,7 +111,9 @@ def _prepare(model: str, options: dict[str, Any]) -> Job:
     recipe, preprocessing = _recipe(model, options["preprocess"], spec)
     class_names = _class_names(model, options["classes_file"], recipe, explainer.classes)
     target = None if options["wanted"] is None else find_class(options["wanted"], class_names)
-    top = options["top"] and min(options["top"], explainer.classes or options["top"])
+    top = options["top"]
+    if top is not None and explainer.classes is not None and top > explainer.classes:
+        raise RequestError(f"--top {top} asks for more classes than the model has: {explainer.classes}")
     return Job(explainer, spec, recipe, preprocessing, class_names, target, top)
 
 

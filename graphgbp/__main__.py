@@ -1,0 +1,5 @@
+"""python -m graphgbp"""
+
+from graphgbp.cli import main
+
+main(prog_name="graphgbp")
