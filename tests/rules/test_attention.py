@@ -71,12 +71,13 @@ def test_three_axes(heads, key_heads, dynamic):
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 5), (4, 3, 5), (2, 1, 3, 5), (1, 4, 3, 5), (2, 4, 1, 5)])
 @pytest.mark.parametrize("cap", [0.0, 0.7])
-def test_masks(shape, cap):
+@pytest.mark.parametrize("opset", [23, 24, 26])
+def test_masks(opset, cap, shape):
     """A float mask is added after the cap, and has a gradient too. One for all queries only ONNX's evaluator takes."""
     mask = normal(*shape, seed=3)
     for dynamic in (False, {3: range(len(shape))}):
         evaluate = run_by_reference if shape[-2] == 1 else run
-        options = {"opset": 23, "dynamic": dynamic, "softcap": cap, "evaluate": evaluate}
+        options = {"opset": opset, "dynamic": dynamic, "softcap": cap, "evaluate": evaluate}
         reference = lambda *tensors: by_definition(*tensors, cap=cap)  # noqa: E731
         check_rule("Attention", [*inputs(4, 2), mask], reference, wrt=(0, 1, 2, 3), **options)
         check_rule("Attention", [*inputs(4, 2), mask > 0], reference, wrt=(0, 1, 2), constants=[], **options)
