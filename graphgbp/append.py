@@ -8,7 +8,8 @@ from onnx import helper, numpy_helper
 
 from graphgbp.emit import Emitter, elem_type
 from graphgbp.model_file import tensor_names
-from graphgbp.prepare import View, node_proto
+from graphgbp.nodes import node_proto
+from graphgbp.prepare import View
 
 _INITIALIZERS_NEED_NO_INPUT = 4  # the IR version from which an initializer need not be a graph input
 

@@ -14,7 +14,8 @@ import onnx_graphsurgeon as gs
 
 from graphgbp.emit import Emitter
 from graphgbp.errors import UnsupportedOperatorError
-from graphgbp.prepare import View, input_names, label
+from graphgbp.nodes import input_names, label
+from graphgbp.prepare import View
 from graphgbp.registry import NONDIFFERENTIABLE, Entry, Rule, since_version
 
 RuleFor = Callable[[gs.Node], Entry | None]

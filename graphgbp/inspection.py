@@ -11,7 +11,8 @@ import onnx_graphsurgeon as gs
 from graphgbp import model_file
 from graphgbp.conversion import Analysis
 from graphgbp.errors import GraphgbpError
-from graphgbp.prepare import View, label, prepare
+from graphgbp.nodes import label
+from graphgbp.prepare import View, prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
 
 

@@ -12,7 +12,8 @@ import onnx_graphsurgeon as gs
 
 from graphgbp.backward import RuleFor, active_nodes, is_float, varied_tensors
 from graphgbp.errors import RequestError
-from graphgbp.prepare import View, input_names, label
+from graphgbp.nodes import input_names, label
+from graphgbp.prepare import View
 
 _CHANNELS_FIRST = {
     "Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool",

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import helper, numpy_helper, shape_inference
-from onnx.external_data_helper import uses_external_data
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx import helper, shape_inference
 
-from graphgbp.contract import SCOPE
+from graphgbp.branches import fixed_names, inline, taken_branch
 from graphgbp.emit import elem_type, type_of
-from graphgbp.errors import MissingWeightsError, ModelFileError
+from graphgbp.errors import ModelFileError
 from graphgbp.model_file import tensor_names, with_small_weights
+from graphgbp.nodes import label, node_proto, topological_order
 from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
+from graphgbp.weights import read_weights_from
 
 _FOLD_LIMIT = 1024
 _RANDOM = {
@@ -62,7 +62,7 @@ def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
     model = with_small_weights(model, folder, _FOLD_LIMIT)
     graph = gs.import_onnx(model)
     if folder is not None:
-        _read_weights_from(folder, graph)
+        read_weights_from(folder, graph)
     opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     graph.nodes[:] = topological_order(graph)
     _refuse_undefined(graph)
@@ -73,46 +73,6 @@ def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
     for node in graph.nodes:
         _fill_defaults(node, opsets)
     return view
-
-
-def topological_order(graph: gs.Graph) -> list[gs.Node]:
-    """The nodes with producers before consumers; nodes that were already in order keep it."""
-    producer = {output.name: index for index, node in enumerate(graph.nodes) for output in node.outputs if output.name}
-    consumers: list[list[int]] = [[] for _ in graph.nodes]
-    waiting = [0] * len(graph.nodes)
-    for index, node in enumerate(graph.nodes):
-        for source in {producer[name] for name in input_names(node) if name in producer}:
-            consumers[source].append(index)
-            waiting[index] += 1
-    if all(source < index for source, targets in enumerate(consumers) for index in targets):
-        return list(graph.nodes)
-    ready, order = deque(index for index, count in enumerate(waiting) if not count), []
-    while ready:
-        index = ready.popleft()
-        order.append(graph.nodes[index])
-        for target in consumers[index]:
-            waiting[target] -= 1
-            if not waiting[target]:
-                ready.append(target)
-    if len(order) < len(waiting):
-        stuck = next(node for node, count in zip(graph.nodes, waiting, strict=True) if count)
-        raise ModelFileError(f"the graph has a cycle through node '{label(stuck)}'; it cannot be run or explained")
-    return order
-
-
-def input_names(node: gs.Node) -> set[str]:
-    """Every outer tensor a node reads, also from inside its subgraphs."""
-    names = {tensor.name for tensor in node.inputs if not tensor.is_empty()}
-    for value in node.attrs.values():
-        if isinstance(value, gs.Graph):
-            names.update(name for inner in value.nodes for name in input_names(inner))
-            names.update(tensor.name for tensor in value.outputs)
-    return names
-
-
-def label(node: gs.Node) -> str:
-    """A node's name, or its first output's where it has none."""
-    return node.name or next((output.name for output in node.outputs if output.name), node.op)
 
 
 def skeleton(model: onnx.ModelProto, limit: int = _FOLD_LIMIT) -> onnx.ModelProto:
@@ -132,31 +92,6 @@ def skeleton(model: onnx.ModelProto, limit: int = _FOLD_LIMIT) -> onnx.ModelProt
         else:
             graph.initializer.append(tensor)
     return small
-
-
-class _ExternalValues(LazyValues):
-    """The values of a weight in an external file, read from the model's folder and not from the current one."""
-
-    def __init__(self, tensor: onnx.TensorProto, folder: Path) -> None:
-        super().__init__(tensor)
-        self._folder = folder
-
-    def load(self) -> np.ndarray:
-        try:
-            return numpy_helper.to_array(self.tensor, str(self._folder))
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            raise MissingWeightsError(f"weight '{self.tensor.name}' cannot be read from its file: {error}") from None
-
-
-def _read_weights_from(folder: Path, graph: gs.Graph) -> None:
-    for node in graph.nodes:
-        for tensor in node.inputs:
-            values = tensor._values if isinstance(tensor, gs.Constant) else None
-            if isinstance(values, LazyValues) and uses_external_data(values.tensor):
-                tensor._values = _ExternalValues(values.tensor, folder)
-        for value in node.attrs.values():
-            if isinstance(value, gs.Graph):
-                _read_weights_from(folder, value)
 
 
 def _refuse_undefined(graph: gs.Graph) -> None:
@@ -205,14 +140,14 @@ def _infer(view: View, model: onnx.ModelProto) -> None:
     for tensor in view.graph.inputs:
         if tensor.shape is not None:
             tensor.shape = _sizes_as_declared(tensor)
-    outer, fixed = tensor_names(model), _fixed_names(model)
+    outer, fixed = tensor_names(model), fixed_names(model)
     waiting, done = deque(view.graph.nodes), []
     inlined: set[int] = set()
     while waiting:
         node = waiting.popleft()
-        branch = _taken_branch(node, fixed)
+        branch = taken_branch(node, fixed)
         if branch is not None:
-            nodes = _inline(node, branch, outer)
+            nodes = inline(node, branch, outer)
             _read_constants(nodes)
             inlined.update(map(id, nodes))
             waiting.extendleft(reversed(nodes))
@@ -222,11 +157,6 @@ def _infer(view: View, model: onnx.ModelProto) -> None:
         _fold(node, view.opsets)
     view.graph.nodes[:] = done
     view.recomputed = [node for node in done if id(node) in inlined]
-
-
-def _fixed_names(model: onnx.ModelProto) -> set[str]:
-    """The tensors whose value no caller can replace: an initializer that is an input as well can be."""
-    return tensor_names(model) - {value.name for value in model.graph.input}
 
 
 def _type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType]) -> None:
@@ -247,33 +177,6 @@ def _sizes_as_declared(tensor: gs.Tensor) -> tuple[int | str, ...]:
         size if (isinstance(size, str) and size) or (isinstance(size, int) and size >= 0) else f"{tensor.name}:{axis}"
         for axis, size in enumerate(tensor.shape)
     )
-
-
-def _taken_branch(node: gs.Node, fixed: set[str]) -> gs.Graph | None:
-    """The branch of an If whose condition is known."""
-    if node.op != "If" or node.domain not in (None, "", "ai.onnx") or not isinstance(node.inputs[0], gs.Constant):
-        return None
-    if node.inputs[0].name not in fixed and not node.inputs[0].name.startswith(SCOPE):
-        return None
-    return node.attrs["then_branch" if node.inputs[0].values.reshape(()) else "else_branch"]
-
-
-def _inline(node: gs.Node, branch: gs.Graph, outer: set[str]) -> list[gs.Node]:
-    """A branch's nodes under names of their own, and an Identity to each output of the If."""
-    scope = f"{SCOPE}/recomputed/{label(node)}"
-    tensors = [tensor for child in branch.nodes for tensor in [*child.inputs, *child.outputs]]
-    for tensor in {id(tensor): tensor for tensor in [*tensors, *branch.outputs]}.values():
-        if tensor.name and tensor.name not in outer:
-            tensor.name = f"{scope}/{tensor.name}"
-    for child in branch.nodes:
-        child.name = f"{scope}/{child.name or child.op}"
-    results = list(node.outputs)
-    node.outputs.clear()
-    identities = [
-        gs.Node("Identity", f"{scope}/{index}", inputs=[made], outputs=[result])
-        for index, (made, result) in enumerate(zip(branch.outputs, results, strict=True))
-    ]
-    return [*branch.nodes, *identities]
 
 
 def _whole_graph_types(model: onnx.ModelProto) -> dict[str, TensorType]:
@@ -321,22 +224,6 @@ def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorTy
             f"node '{label(node)}' ({node.op}) does not fit its inputs: {str(error).strip()}; "
             "repair the file or its export"
         ) from None
-
-
-def node_proto(node: gs.Node) -> onnx.NodeProto:
-    attributes: dict[str, Any] = {}
-    for key, value in node.attrs.items():
-        if isinstance(value, gs.Constant):
-            value = numpy_helper.from_array(value.values)
-        attributes[key] = elem_type(value) if isinstance(value, type) else value
-    return helper.make_node(
-        node.op,
-        [tensor.name for tensor in node.inputs],
-        [tensor.name for tensor in node.outputs],
-        node.name,
-        domain=node.domain or "",
-        **attributes,
-    )
 
 
 def _is_small(tensor: gs.Tensor) -> bool:

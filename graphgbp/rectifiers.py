@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphgbp.prepare import label
+from graphgbp.nodes import label
 
 
 @dataclass(frozen=True)

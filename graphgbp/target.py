@@ -14,7 +14,8 @@ from graphgbp.backward import is_float
 from graphgbp.contract import GUARD_NODE, PREDICTED
 from graphgbp.emit import Emitter
 from graphgbp.errors import ModelFileError, RequestError, UnsupportedError
-from graphgbp.prepare import View, label
+from graphgbp.nodes import label
+from graphgbp.prepare import View
 from graphgbp.shapes import Dim
 
 _PASSED = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from graphgbp.contract import METHODS
 from graphgbp.errors import GraphgbpError, OutputError
 
 if TYPE_CHECKING:
@@ -144,6 +145,17 @@ def _bar(console: "Console", counted: bool) -> "Progress":
 def split_words(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
     """An option given as a,b or twice, as the words in it."""
     return tuple(word.strip() for value in values for word in value.split(",") if word.strip())
+
+
+def methods_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The option --methods, as convert and explain take it."""
+    return click.option(
+        "--methods",
+        multiple=True,
+        callback=split_words,
+        metavar="A,B",
+        help=f"Any of {', '.join(METHODS)}.  [default: guided_gradcam,gradcam,guided_backprop]",
+    )(command)
 
 
 def spell_shape(shape: Sequence[int | str | None] | None) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from graphgbp.cli import console
-from graphgbp.contract import METHODS
 from graphgbp.errors import OutputError
 
 SCORES = ("auto", "pre_softmax", "probability")
@@ -20,13 +19,7 @@ INTERPOLATE_MODES = ("bilinear", "nearest")
 @click.command(no_args_is_help=True, short_help="Write the explained model.")
 @click.argument("model")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write, such as MODEL.explained.onnx.")
-@click.option(
-    "--methods",
-    multiple=True,
-    callback=console.split_words,
-    metavar="A,B",
-    help=f"Any of {', '.join(METHODS)}.  [default: guided_gradcam,gradcam,guided_backprop]",
-)
+@console.methods_option
 @click.option("--layer", default="auto", metavar="NAME", help="Where Grad-CAM is taken: a tensor, a node, or auto.")
 @click.option(
     "--score", type=click.Choice(SCORES), default="auto", help="Explain the score before or after the softmax."

@@ -10,7 +10,6 @@ import click
 
 from graphgbp.cli import console
 from graphgbp.cli.classes import find_class
-from graphgbp.contract import METHODS
 from graphgbp.errors import RequestError
 
 if TYPE_CHECKING:
@@ -33,13 +32,7 @@ FALLBACK = "unit"
     "--class", "wanted", metavar="CLASS", help="Explain this class, an index or a name.  [default: predicted]"
 )
 @click.option("--top", type=click.IntRange(1), metavar="K", help="Explain the K highest classes of each image.")
-@click.option(
-    "--methods",
-    multiple=True,
-    callback=console.split_words,
-    metavar="A,B",
-    help=f"Any of {', '.join(METHODS)}.  [default: guided_gradcam,gradcam,guided_backprop]",
-)
+@console.methods_option
 @click.option("--layer", metavar="NAME", help="Where Grad-CAM is taken: a tensor, a node, or auto.")
 @click.option(
     "--preprocess",

@@ -1,0 +1,67 @@
+"""Reading nodes of an onnx_graphsurgeon graph: their names, their order, what they read, their ONNX form."""
+
+from collections import deque
+from typing import Any
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import helper, numpy_helper
+
+from graphgbp.emit import elem_type
+from graphgbp.errors import ModelFileError
+
+
+def topological_order(graph: gs.Graph) -> list[gs.Node]:
+    """The nodes with producers before consumers; nodes that were already in order keep it."""
+    producer = {output.name: index for index, node in enumerate(graph.nodes) for output in node.outputs if output.name}
+    consumers: list[list[int]] = [[] for _ in graph.nodes]
+    waiting = [0] * len(graph.nodes)
+    for index, node in enumerate(graph.nodes):
+        for source in {producer[name] for name in input_names(node) if name in producer}:
+            consumers[source].append(index)
+            waiting[index] += 1
+    if all(source < index for source, targets in enumerate(consumers) for index in targets):
+        return list(graph.nodes)
+    ready, order = deque(index for index, count in enumerate(waiting) if not count), []
+    while ready:
+        index = ready.popleft()
+        order.append(graph.nodes[index])
+        for target in consumers[index]:
+            waiting[target] -= 1
+            if not waiting[target]:
+                ready.append(target)
+    if len(order) < len(waiting):
+        stuck = next(node for node, count in zip(graph.nodes, waiting, strict=True) if count)
+        raise ModelFileError(f"the graph has a cycle through node '{label(stuck)}'; it cannot be run or explained")
+    return order
+
+
+def input_names(node: gs.Node) -> set[str]:
+    """Every outer tensor a node reads, also from inside its subgraphs."""
+    names = {tensor.name for tensor in node.inputs if not tensor.is_empty()}
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            names.update(name for inner in value.nodes for name in input_names(inner))
+            names.update(tensor.name for tensor in value.outputs)
+    return names
+
+
+def label(node: gs.Node) -> str:
+    """A node's name, or its first output's where it has none."""
+    return node.name or next((output.name for output in node.outputs if output.name), node.op)
+
+
+def node_proto(node: gs.Node) -> onnx.NodeProto:
+    attributes: dict[str, Any] = {}
+    for key, value in node.attrs.items():
+        if isinstance(value, gs.Constant):
+            value = numpy_helper.from_array(value.values)
+        attributes[key] = elem_type(value) if isinstance(value, type) else value
+    return helper.make_node(
+        node.op,
+        [tensor.name for tensor in node.inputs],
+        [tensor.name for tensor in node.outputs],
+        node.name,
+        domain=node.domain or "",
+        **attributes,
+    )
