@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from graphgbp.inspection import Inspection, inspect
     from graphgbp.model_file import save
+    from graphgbp.operators import Operator, ops
     from graphgbp.recipe import Recipe
 
 _HOME = {
@@ -43,6 +44,8 @@ _HOME = {
     "save": "model_file",
     "inspect": "inspection",
     "Inspection": "inspection",
+    "ops": "operators",
+    "Operator": "operators",
     "Recipe": "recipe",
     **dict.fromkeys(
         ("Explainer", "Result", "Saliency", "GuidedBackprop", "DeconvNet", "GradCAM", "GuidedGradCAM"), "explainer"
@@ -62,6 +65,7 @@ __all__ = [
     "Inspection",
     "MissingWeightsError",
     "ModelFileError",
+    "Operator",
     "OpsetError",
     "OutputError",
     "Recipe",
@@ -74,6 +78,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "ops",
     "save",
     "vjp",
 ]

@@ -26,6 +26,7 @@ class Rule:
     `wrt` holds input positions; None means every input (variadic operators).
     `broadcast` says the inputs broadcast against each other: the engine sums the cotangents back.
     `refuse(node)` names what about this node is not covered, if anything.
+    `surrogate` says that the gradient stands in for a derivative that is zero (straight-through).
     """
 
     vjp: VJP
@@ -33,6 +34,7 @@ class Rule:
     outputs: int | None = 1
     broadcast: bool = False
     refuse: Refusal | None = None
+    surrogate: bool = False
 
 
 class Nondifferentiable:
@@ -52,13 +54,14 @@ def vjp(
     outputs: int | None = 1,
     broadcast: bool = False,
     refuse: Refusal | None = None,
+    surrogate: bool = False,
     domain: str = "",
 ) -> Callable[[VJP], VJP]:
     """Register a rule for the listed since_versions of an operator; the rule itself is returned unchanged."""
 
     def register(function: VJP) -> VJP:
         positions = None if wrt is None else tuple(wrt)
-        rule = Rule(function, positions, outputs, broadcast, refuse)
+        rule = Rule(function, positions, outputs, broadcast, refuse, surrogate)
         for version in versions:
             _add((domain, op, version), rule)
         return function

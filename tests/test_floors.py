@@ -16,7 +16,7 @@ FLOORS = [
     ["prepare", "equivalence"],
     ["opset", "backward", "rectifiers", "append"],
     ["policies", "image", "source"],
-    ["target", "layers"],
+    ["target", "layers", "operators"],
     ["heads"],
     ["conversion"],
     ["inspection"],

@@ -10,6 +10,7 @@ from graphgbp.cli.console import Commands
 from graphgbp.cli.convert import convert
 from graphgbp.cli.explain import explain
 from graphgbp.cli.inspect import inspect
+from graphgbp.cli.ops import ops
 
 __all__ = ["main"]
 
@@ -23,3 +24,4 @@ def main() -> None:
 main.add_command(inspect)
 main.add_command(convert)
 main.add_command(explain)
+main.add_command(ops)

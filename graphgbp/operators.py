@@ -1,0 +1,130 @@
+"""The operator table: every operator of ONNX, and how a gradient passes it.
+
+    rule               it has a derivative rule
+    nondifferentiable  its output is no real number, reads no real number, or has derivative zero almost everywhere
+    surrogate          its gradient is a stand-in for a derivative that is zero (straight-through)
+    unsupported        nobody wrote a rule: on a path from input to target it is refused by name
+
+The table is read from the registry and ONNX's own schemas, so it cannot disagree with what a conversion does.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx
+
+import graphgbp.rules  # noqa: F401  fills the registry
+from graphgbp import registry
+from graphgbp.opset import RAISED_TO
+from graphgbp.registry import Entry, Key, Rule
+from graphgbp.source import NEWEST_OPSET
+
+RULE, ZERO, SURROGATE, UNSUPPORTED = SETS = ("rule", "nondifferentiable", "surrogate", "unsupported")
+OPSETS = {"": range(RAISED_TO, NEWEST_OPSET + 1), "ai.onnx.ml": range(1, 6)}
+"""The opsets of each domain whose operators the table lists."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator in one of the four sets; `versions` are the since_versions that the listed opsets use.
+
+    `gradients` names the inputs that get a gradient; a name with `...` stands for any number of inputs.
+    """
+
+    domain: str
+    name: str
+    versions: tuple[int, ...]
+    set: str
+    gradients: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def ops() -> list[Operator]:
+    """Every operator of ONNX that a model at a supported opset can hold, by domain and name."""
+    table = registry.table()
+    found: dict[tuple[str, str, str], list[onnx.defs.OpSchema]] = {}
+    for schema in schemas():
+        kind = set_of(table.get((schema.domain, schema.name, schema.since_version)))
+        found.setdefault((schema.domain, schema.name, kind), []).append(schema)
+    return [
+        Operator(domain, name, tuple(schema.since_version for schema in versions), kind, _gradients(versions, table))
+        for (domain, name, kind), versions in sorted(found.items())
+    ]
+
+
+def schemas() -> Iterator[onnx.defs.OpSchema]:
+    """Each version of each operator that the listed opsets use, oldest first; no operator all of whose are deprecated."""
+    names = sorted({(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas() if schema.domain in OPSETS})
+    for domain, name in names:
+        alive = {
+            schema.since_version: schema
+            for opset in OPSETS[domain]
+            if onnx.defs.has(name, opset, domain) and (schema := onnx.defs.get_schema(name, opset, domain))
+        }
+        if not all(schema.deprecated for schema in alive.values()):
+            yield from alive.values()
+
+
+def set_of(entry: Entry | None) -> str:
+    """Which of the four sets an entry of the registry puts its operator in."""
+    if entry is None:
+        return UNSUPPORTED
+    if not isinstance(entry, Rule):
+        return ZERO
+    return SURROGATE if entry.surrogate else RULE
+
+
+def counts(operators: Sequence[Operator]) -> dict[str, int]:
+    """How many operators are in each set."""
+    return {kind: sum(operator.set == kind for operator in operators) for kind in SETS}
+
+
+def to_markdown() -> str:
+    """The table as docs/operators.md holds it."""
+    operators = ops()
+    lines = [
+        "# Operators",
+        "",
+        "Made by `graphgbp ops --markdown` from the registry; do not edit.",
+        "",
+        "| set | operators | meaning |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {kind} | {count} | {_MEANING[kind]} |" for kind, count in counts(operators).items()]
+    for domain, opsets in OPSETS.items():
+        lines += ["", f"## {domain or 'ai.onnx'}, opset {opsets[0]} to {opsets[-1]}", ""]
+        lines += ["| operator | versions | set | gradient to |", "|---|---|---|---|"]
+        lines += [
+            f"| {o.name} | {', '.join(map(str, o.versions))} | {o.set} | {', '.join(o.gradients)} |"
+            for o in operators
+            if o.domain == domain
+        ]
+    return "\n".join(lines) + "\n"
+
+
+_MEANING = {
+    RULE: "the exact derivative",
+    ZERO: "no real number in or out, or derivative zero almost everywhere",
+    SURROGATE: "a stand-in for a derivative that is zero, named in the manifest",
+    UNSUPPORTED: "refused by name on a path from input to target",
+}
+
+
+def _gradients(versions: Sequence[onnx.defs.OpSchema], table: dict[Key, Entry]) -> tuple[str, ...]:
+    """The inputs that get a gradient in some version, as the newest that has them names them."""
+    named: dict[int, str] = {}
+    for schema in versions:
+        entry = table.get((schema.domain, schema.name, schema.since_version))
+        if isinstance(entry, Rule):
+            positions = range(len(schema.inputs)) if entry.wrt is None else entry.wrt
+            named |= {position: _spell(schema, position) for position in positions}
+    return tuple(dict.fromkeys(named.values()))
+
+
+def _spell(schema: onnx.defs.OpSchema, position: int) -> str:
+    formal = schema.inputs[min(position, len(schema.inputs) - 1)]
+    variadic = formal.option == onnx.defs.OpSchema.FormalParameterOption.Variadic
+    return f"{formal.name}..." if variadic else formal.name

@@ -1,0 +1,70 @@
+"""The operator table: all of ONNX, each operator in one set, and the document that shows it."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+import graphgbp
+from graphgbp import operators, registry
+from graphgbp.operators import RULE, SETS, SURROGATE, UNSUPPORTED, ZERO
+
+ROOT = Path(__file__).parent.parent
+TABLE = graphgbp.ops()
+SET = {(operator.domain, operator.name): operator.set for operator in TABLE}
+
+
+def test_each_operator_is_in_exactly_one_set():
+    assert len(SET) == len(TABLE)
+    assert set(SET.values()) <= set(SETS)
+
+
+@pytest.mark.parametrize("domain", operators.OPSETS)
+def test_every_operator_of_onnx_is_there(domain):
+    names = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == domain}
+    opsets = operators.OPSETS[domain]
+    alive = {name for name in names for opset in (opsets[0], opsets[-1]) if _is_alive(name, opset, domain)}
+    assert len(alive) > 10 and alive == {name for where, name in SET if where == domain}
+
+
+def _is_alive(name: str, opset: int, domain: str) -> bool:
+    return onnx.defs.has(name, opset, domain) and not onnx.defs.get_schema(name, opset, domain).deprecated
+
+
+def test_the_table_is_the_registry():
+    registered = registry.table()
+    listed = {(o.domain, o.name, version): o.set for o in TABLE for version in o.versions}
+    assert set(registered) <= set(listed)
+    for key, found in listed.items():
+        entry = registered.get(key)
+        if found == UNSUPPORTED:
+            assert entry is None
+        else:
+            assert (found == ZERO) == (entry is registry.NONDIFFERENTIABLE)
+
+
+def test_examples():
+    known = {"Conv": RULE, "Shape": ZERO, "Floor": ZERO, "LSTM": UNSUPPORTED}
+    assert {name: SET["", name] for name in known} == known
+    by_name = {operator.name: operator for operator in TABLE if not operator.domain}
+    assert by_name["Conv"].gradients == ("X", "W", "B") and by_name["Conv"].versions == (11, 22)
+    assert by_name["Concat"].gradients == ("inputs...",)
+    assert by_name["Shape"].gradients == ()
+
+
+def test_a_stand_in_is_a_surrogate():
+    rule = registry.table()["", "Relu", 14]
+    assert operators.set_of(rule) == RULE
+    assert operators.set_of(replace(rule, surrogate=True)) == SURROGATE
+
+
+def test_the_document_is_the_table():
+    document = (ROOT / "docs" / "operators.md").read_text("utf-8")
+    assert document == operators.to_markdown(), "write it again: graphgbp ops --markdown > docs/operators.md"
+
+
+def test_the_readme_counts_the_rules():
+    (count,) = re.findall(r"(\d+) have a rule", (ROOT / "README.md").read_text("utf-8"))
+    assert int(count) == operators.counts(TABLE)[RULE]
