@@ -56,16 +56,14 @@ def ops() -> list[Operator]:
 
 
 def schemas() -> Iterator[onnx.defs.OpSchema]:
-    """Each version of each operator that the listed opsets use, oldest first; no operator all of whose are deprecated."""
+    """Each version of each operator that the listed opsets use, oldest first, but of no wholly deprecated operator."""
     names = sorted({(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas() if schema.domain in OPSETS})
     for domain, name in names:
-        alive = {
-            schema.since_version: schema
-            for opset in OPSETS[domain]
-            if onnx.defs.has(name, opset, domain) and (schema := onnx.defs.get_schema(name, opset, domain))
-        }
-        if not all(schema.deprecated for schema in alive.values()):
-            yield from alive.values()
+        used = [
+            onnx.defs.get_schema(name, opset, domain) for opset in OPSETS[domain] if onnx.defs.has(name, opset, domain)
+        ]
+        if not all(schema.deprecated for schema in used):
+            yield from {schema.since_version: schema for schema in used}.values()
 
 
 def set_of(entry: Entry | None) -> str:
