@@ -66,11 +66,19 @@ def external_locations(model: onnx.ModelProto) -> list[str]:
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
-    for node in graph.node:
+    for attribute in _attributes(graph.node):
+        yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
+        for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            yield from inner.initializer
+
+
+def _attributes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.AttributeProto]:
+    """The attributes of nodes and of the nodes inside them."""
+    for node in nodes:
         for attribute in node.attribute:
-            yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
+            yield attribute
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _tensors(inner)
+                yield from _attributes(inner.node)
 
 
 def with_small_weights(model: onnx.ModelProto, folder: Path | None, limit: int) -> onnx.ModelProto:
@@ -97,6 +105,27 @@ def with_small_weights(model: onnx.ModelProto, folder: Path | None, limit: int) 
             tensor.ClearField("data_location")
             del tensor.external_data[:]
     return copy
+
+
+def with_readable_text(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with text attributes that are no UTF-8 (serialized settings, say) escaped; itself where all are."""
+    if all(_escaped(text) == text for attribute in _attributes_of(model) for text in (attribute.s, *attribute.strings)):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for attribute in _attributes_of(copy):
+        attribute.s = _escaped(attribute.s)
+        attribute.strings[:] = [_escaped(text) for text in attribute.strings]
+    return copy
+
+
+def _attributes_of(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        yield from _attributes(nodes)
+
+
+def _escaped(text: bytes) -> bytes:
+    return text.decode(errors="backslashreplace").encode()
 
 
 def fingerprint(model: PathLike | onnx.ModelProto, locations: Sequence[str]) -> dict[str, Any]:

@@ -52,16 +52,21 @@ def label(node: gs.Node) -> str:
 
 
 def node_proto(node: gs.Node) -> onnx.NodeProto:
-    attributes: dict[str, Any] = {}
-    for key, value in node.attrs.items():
-        if isinstance(value, gs.Constant):
-            value = numpy_helper.from_array(value.values)
-        attributes[key] = elem_type(value) if isinstance(value, type) else value
-    return helper.make_node(
+    proto = helper.make_node(
         node.op,
         [tensor.name for tensor in node.inputs],
         [tensor.name for tensor in node.outputs],
         node.name,
         domain=node.domain or "",
-        **attributes,
     )
+    proto.attribute.extend(_attribute(key, value) for key, value in sorted(node.attrs.items()) if value is not None)
+    return proto
+
+
+def _attribute(key: str, value: Any) -> onnx.AttributeProto:
+    """A list that is empty does not tell its type: it counts as one of integers, as of axes."""
+    if isinstance(value, gs.Constant):
+        value = numpy_helper.from_array(value.values)
+    elif isinstance(value, type):
+        value = elem_type(value)
+    return helper.make_attribute(key, value, attr_type=onnx.AttributeProto.INTS if value == [] else None)

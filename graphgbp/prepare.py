@@ -20,7 +20,7 @@ from onnx import helper, shape_inference
 from graphgbp.branches import fixed_names, inline, taken_branch
 from graphgbp.emit import elem_type, type_of
 from graphgbp.errors import ModelFileError
-from graphgbp.model_file import tensor_names, with_small_weights
+from graphgbp.model_file import tensor_names, with_readable_text, with_small_weights
 from graphgbp.nodes import label, node_proto, topological_order
 from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
 from graphgbp.weights import read_weights_from
@@ -59,7 +59,7 @@ def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
 
     `folder` holds the model's external data, where it has any.
     """
-    model = with_small_weights(model, folder, _FOLD_LIMIT)
+    model = with_readable_text(with_small_weights(model, folder, _FOLD_LIMIT))
     graph = gs.import_onnx(model)
     if folder is not None:
         read_weights_from(folder, graph)

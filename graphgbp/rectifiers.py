@@ -6,7 +6,8 @@
     Where(x > 0, x, 0), x * (x > 0)    and their mirror images
     LeakyRelu(alpha = 0), ThresholdedRelu(alpha = 0), PRelu(slope = 0)
 
-A Clip(x + c/2, 0, c) that is scaled is the gate of a HardSigmoid or HardSwish and no rectifier.
+A Clip(x + c/2, 0, c) that is scaled is the gate of a HardSigmoid or HardSwish and no rectifier; nor is a Max(x, 0) or
+Clip(x, 0) that only a square root reads: it keeps rounding from making a variance negative.
 Smooth and leaky activations are found too, whole or decomposed: guided backpropagation passes their true gradient
 unless asked to mask them. Sigmoid and Tanh are gates and squashing functions, not of this kind.
 """
@@ -69,7 +70,7 @@ def _clip(node: gs.Node) -> Rectifier | None:
     if low != 0 or (high is None and not open_above) or (high is not None and high <= 0):
         return None
     if high is None:
-        return Rectifier(node, "Clip(x, 0)")
+        return None if _guards_a_root(node) else Rectifier(node, "Clip(x, 0)")
     return None if _is_gate(node, high) else Rectifier(node, f"Clip(x, 0, {high:g})")
 
 
@@ -90,7 +91,23 @@ def _max(node: gs.Node) -> Rectifier | None:
     if len(node.inputs) != 2:
         return None
     zeros = [index for index, tensor in enumerate(node.inputs) if _is_zero(tensor)]
-    return Rectifier(node, "Max(x, 0)", 1 - zeros[0], vanishes=False) if len(zeros) == 1 else None
+    if len(zeros) != 1 or _guards_a_root(node):
+        return None
+    return Rectifier(node, "Max(x, 0)", 1 - zeros[0], vanishes=False)
+
+
+def _guards_a_root(node: gs.Node) -> bool:
+    """Whether the node is read by square roots alone, a constant added or not."""
+    readers = [
+        reader
+        for first in node.outputs[0].outputs
+        for reader in (first.outputs[0].outputs if first.op == "Add" and _adds_a_constant(first) else [first])
+    ]
+    return bool(readers) and all(reader.op == "Sqrt" for reader in readers)
+
+
+def _adds_a_constant(node: gs.Node) -> bool:
+    return any(_scalar(term) is not None for term in node.inputs)
 
 
 def _where(node: gs.Node) -> Rectifier | None:

@@ -260,6 +260,23 @@ def test_a_foreign_operator_is_refused_by_domain():
         graphgbp.convert(made)
 
 
+def test_an_attribute_that_is_no_text():
+    """tf2onnx keeps TensorFlow's serialized settings on nodes it cannot translate."""
+    made = small_cnn()
+    made.graph.node[1].attribute.add(name="config", type=onnx.AttributeProto.STRING, s=b"\x82\x01")
+    made.graph.node[1].domain = "com.acme"
+    made.opset_import.append(onnx.helper.make_opsetid("com.acme", 1))
+    with pytest.raises(graphgbp.UnsupportedOperatorError, match=r"Relu \(com\.acme 1\)"):
+        graphgbp.convert(made)
+
+
+def test_an_attribute_that_is_an_empty_list():
+    made = model(["a = Exp(x)", "y = ReduceSum<axes : ints = []>(a)"], {"x": (2, 3)}, ["y"], opset=9)
+    x = drawn(2, 3)
+    explained = graphgbp.convert(made, ["saliency"])
+    np.testing.assert_allclose(run(explained, {"x": x, "target": np.array([1])})["saliency"], np.exp(x), rtol=1e-6)
+
+
 def test_operators_of_unknown_shape_are_listed_before_anything_else():
     nodes = ["a = Det(x)", "b = com.acme.Foo(a)", "y = Relu(b)"]
     made = model(["a = Relu(x)", "b = Relu(a)", "y = Relu(b)"], {"x": (2, 3, 3)}, ["y"])

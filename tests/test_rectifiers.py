@@ -66,6 +66,8 @@ def test_relu_in_any_clothing(nodes, expected):
         ["y = HardSwish(x)"],
         ["y = HardSigmoid(x)"],
         ["c = Less(x, zero)", "f = Cast<to=1>(c)", "y = Mul(x, f)"],
+        ["v = Max(x, zero)", "y = Sqrt(v)"],
+        ["v = Clip(x, zero)", "e = Add(v, half)", "d = Sqrt(e)", "y = Div(x, d)"],
     ],
 )
 def test_look_alikes_are_none(nodes):
@@ -74,6 +76,11 @@ def test_look_alikes_are_none(nodes):
 
 def test_a_shifted_relu6_that_nothing_scales_is_a_rectifier():
     assert found(["s = Add(x, three)", "h = Clip(s, zero, six)", "y = Sqrt(h)"]) == [("Clip", "s")]
+
+
+@pytest.mark.parametrize("readers", [["s = Sqrt(v)", "y = Add(s, v)"], ["e = Add(v, half)", "y = Mul(e, e)"]])
+def test_a_maximum_that_not_only_a_root_reads_is_a_rectifier(readers):
+    assert found(["v = Max(x, zero)", *readers]) == [("Max", "x")]
 
 
 @pytest.mark.parametrize(
