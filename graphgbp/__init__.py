@@ -23,7 +23,7 @@ from graphgbp.errors import (
 )
 
 if TYPE_CHECKING:
-    from graphgbp.conversion import convert, vjp
+    from graphgbp.conversion import convert
     from graphgbp.explainer import (
         DeconvNet,
         Explainer,
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
         Saliency,
     )
     from graphgbp.inspection import Inspection, inspect
+    from graphgbp.jacobian import vjp
     from graphgbp.model_file import save
     from graphgbp.operators import Operator, ops
     from graphgbp.recipe import Recipe
 
 _HOME = {
     "convert": "conversion",
-    "vjp": "conversion",
+    "vjp": "jacobian",
     "save": "model_file",
     "inspect": "inspection",
     "Inspection": "inspection",

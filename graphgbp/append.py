@@ -6,12 +6,25 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
+from graphgbp import model_file
 from graphgbp.emit import Emitter, elem_type
+from graphgbp.errors import GraphgbpError
 from graphgbp.model_file import tensor_names
 from graphgbp.nodes import node_proto
-from graphgbp.prepare import View
+from graphgbp.prepare import View, skeleton
 
 _INITIALIZERS_NEED_NO_INPUT = 4  # the IR version from which an initializer need not be a graph input
+
+
+def append_checked(
+    model: onnx.ModelProto, view: View, g: Emitter, inputs: Sequence[gs.Variable], outputs: Sequence[gs.Variable]
+) -> None:
+    """`append`; where ONNX's checker had nothing against the model, it must have nothing now."""
+    before = model_file.verdict(skeleton(model))
+    append(model, view, g, inputs, outputs)
+    after = model_file.verdict(skeleton(model))
+    if before is None and after is not None:
+        raise GraphgbpError(f"graphgbp made an invalid graph, please report it with the model: {after}")
 
 
 def append(

@@ -7,10 +7,17 @@ from typing import Any
 
 SCOPE = "graphgbp"
 TARGET = "target"
+TARGET_MASK = "target_mask"
+TARGET_POSITION = "target_position"
 TARGET_WEIGHTS = "target_weights"
+TARGET_COTANGENT = "target_cotangent"
+TARGET_INPUTS = (TARGET, TARGET_MASK, TARGET_POSITION, TARGET_WEIGHTS, TARGET_COTANGENT)
 TARGET_CLASS = "target_class"
 TARGET_SCORE = "target_score"
 GUARD_NODE = f"{SCOPE}/target/class_out_of_range"
+GUARD_POSITION = f"{SCOPE}/target/position_out_of_range"
+GUARD_MASK = f"{SCOPE}/target/mask_of_other_size"
+GUARD_WEIGHTS = f"{SCOPE}/target/weights_of_other_size"
 
 SALIENCY = "saliency"
 GUIDED_BACKPROP = "guided_backprop"
@@ -36,6 +43,8 @@ class Manifest:
 
     Every name is a tensor or node of the file itself. `names` maps each role (`target`, `target_class`,
     `gradcam`, ...) to the public name that carries it, which differs only where the original already used it.
+    `inputs` are the explained inputs, `target_layers` those of Grad-CAM; where there are several, the role of a map
+    ends in the name of its input or layer: `saliency/left`, `gradcam/layer3`.
     """
 
     kind: str  # "explanation" or "vjp"
@@ -43,16 +52,26 @@ class Manifest:
     source: dict[str, Any]
     names: dict[str, str]
     methods: list[str] = field(default_factory=list)
-    input: dict[str, Any] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
     score: dict[str, Any] = field(default_factory=dict)
     target: str = ""
-    target_layer: dict[str, Any] | None = None
+    target_layers: list[dict[str, Any]] = field(default_factory=list)
     rectifiers: list[dict[str, str]] = field(default_factory=list)
     passed_through: list[dict[str, str]] = field(default_factory=list)
     surrogates: list[str] = field(default_factory=list)
     opset: dict[str, Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     manifest_version: int = MANIFEST_VERSION
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """The input that Grad-CAM is drawn over: the first that is an image, else the first."""
+        return next((entry for entry in self.inputs if entry["layout"]), self.inputs[0])
+
+    @property
+    def target_layer(self) -> dict[str, Any] | None:
+        """The first target layer; None without Grad-CAM."""
+        return self.target_layers[0] if self.target_layers else None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
@@ -64,6 +83,16 @@ class Manifest:
         if not isinstance(data, dict) or data.get("manifest_version") != MANIFEST_VERSION:
             raise ValueError(f"it is not a version {MANIFEST_VERSION} manifest")
         return cls(**data)
+
+
+def role_of(method: str, *qualifiers: str) -> str:
+    """The role of a map, with the names that tell it from others of its method."""
+    return "/".join((method, *qualifiers))
+
+
+def method_of(role: str) -> str:
+    """The method, or the fixed role, that a role begins with."""
+    return role.partition("/")[0]
 
 
 def public_names(taken: Collection[str], roles: Sequence[str]) -> dict[str, str]:

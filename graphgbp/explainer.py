@@ -1,7 +1,7 @@
 """Explainer and the one-liners: convert a model where it is still plain, run it on images, hand back the maps."""
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import onnx
@@ -21,6 +21,8 @@ from graphgbp.errors import (
 from graphgbp.result import Ranked, Result
 from graphgbp.runtime import Answer, Session
 from graphgbp.source import ModelLike, read, weights_folder
+
+Arrays: TypeAlias = dict[str, np.ndarray]
 
 __all__ = [
     "DeconvNet",
@@ -70,15 +72,18 @@ class Explainer:
         manifest = _manifest_of(model)
         self._convert_options: dict[str, Any] | None = None
         if manifest is None:
-            if "target" in convert_options:
-                raise RequestError("Explainer takes its targets in explain(); target= is an option of graphgbp.convert")
+            if convert_options.get("target", "cotangent") != "cotangent":
+                raise RequestError(
+                    "Explainer takes its targets in explain(); of target=, an option of graphgbp.convert, it knows "
+                    "'cotangent' alone"
+                )
             self._convert_options = {"methods": methods, **convert_options}
             self._session = self._convert(device)
         else:
             _refuse_what_it_lacks(manifest, methods, convert_options)
             self._session = _open_converted(model, device, self._run_options)
         self._methods = tuple(methods or self._session.manifest.methods)
-        self._weighted = self._session if self._session.weighted else None
+        self._weighted = self._session if contract.TARGET_WEIGHTS in self._session.targets else None
 
     @property
     def device(self) -> str:
@@ -97,7 +102,7 @@ class Explainer:
 
     @property
     def input(self) -> dict[str, Any]:
-        """The explained input: its `name`, `shape` (ints, or symbols for open sizes), `dtype`, and `layout`."""
+        """The explained image: its `name`, `shape` (ints, or symbols for open sizes), `dtype`, and `layout`."""
         return self.manifest.input
 
     @property
@@ -105,56 +110,89 @@ class Explainer:
         """How many classes there are; None where the model leaves it open."""
         return self.manifest.score["classes"]
 
-    def explain(self, images: Any, targets: Any = None, *, batch_size: int | None = None) -> Result:
+    def explain(
+        self, images: Any, targets: Any = None, *, mask: Any = None, position: Any = None, batch_size: int | None = None
+    ) -> Result:
         """Explain one class of each image.
 
         Args:
             images: numbers in the shape of the model's input, float32 (float64 is cast), preprocessed as the model
-                was trained: numpy, or anything with `__array__`. One image may come without its batch axis.
+                was trained: numpy, or anything with `__array__`. One image may come without its batch axis. For a
+                model of several inputs a mapping of all of them by name.
             targets: None for the predicted class of each image; one class for all; classes [N]; one-hot [N, K];
-                or real weights [N, K], for S = sum_k z_k w_k. -1 is the predicted class.
+                or real weights [N, K], for S = sum_k z_k w_k. -1 is the predicted class. With target="cotangent",
+                an array of the output's shape.
+            mask: for a segmentation, how much each pixel counts, [H, W] or [N, H, W]; by default, and where it is -1,
+                the pixels predicted as the target count.
+            position: for a neuron, the position in its tensor, [R] or [N, R]; -1, the default, takes all of an axis.
             batch_size: how many images are run at once, if not as the Explainer was told.
 
         Raises:
             ImageError where the images do not fit the input, TargetError where the targets fit neither images nor
             classes, RequestError where a converted file cannot take weights, GraphgbpError where the run fails.
         """
-        images = feeds.read_images(images, self.input)
+        inputs = feeds.read_inputs(images, self.manifest.inputs, self._session.inputs)
+        images = inputs[self.input["name"]]
         _refuse_shared_score(self.manifest, len(images))
-        targets = feeds.read_targets(targets, len(images), self.manifest.score)
+        session, request, classes = self._request(targets, mask, position, len(images))
         size = _fixed_batch(self.manifest) or (self._batch_size if batch_size is None else _positive(batch_size))
-        session = self._session_for(targets)
-        answers = list(self._run(session, images, targets, size))
+        answers = list(self._run(session, inputs, request, len(images), size))
         roles = _joined([answer.roles for answer in answers], size)
         outputs = _joined([answer.outputs for answer in answers], size, self._perhaps_constant(session))
-        single = targets if targets.dtype == np.int64 else np.full(len(images), contract.PREDICTED)
         return Result(
             images=images,
-            target_class=roles.pop(contract.TARGET_CLASS, single),
+            target_class=roles.pop(contract.TARGET_CLASS, classes),
             target_score=roles.pop(contract.TARGET_SCORE),
             outputs=outputs,
             maps=roles,
             manifest=self.manifest,
         )
 
-    def _run(self, session: Session, images: np.ndarray, targets: np.ndarray, size: int) -> Iterator[Answer]:
+    def _request(self, targets: Any, mask: Any, position: Any, images: int) -> tuple[Session, Arrays, np.ndarray]:
+        """The session that answers, what it is asked by role, and the classes where no run tells them."""
+        score = self.manifest.score
+        nothing = np.full(images, contract.PREDICTED)
+        if self.manifest.target == "cotangent":
+            _refuse_unread(self._session, mask, position)
+            return self._session, {contract.TARGET_COTANGENT: feeds.read_cotangent(targets, images, score)}, nothing
+        targets = feeds.read_targets(targets, images, score)
+        session = self._session_for(targets)
+        _refuse_unread(session, mask, position)
+        if contract.TARGET_WEIGHTS in session.targets:
+            weights = feeds.one_hot(targets, score) if targets.dtype == np.int64 else targets
+            shape = session.targets[contract.TARGET_WEIGHTS]
+            classes = targets if targets.dtype == np.int64 else nothing
+            return session, {contract.TARGET_WEIGHTS: feeds.fit_weights(weights, score, shape)}, classes
+        request = {contract.TARGET: targets}
+        if contract.TARGET_MASK in session.targets:
+            request[contract.TARGET_MASK] = feeds.read_mask(mask, images, score)
+        if contract.TARGET_POSITION in session.targets:
+            request[contract.TARGET_POSITION] = feeds.read_position(position, images, score)
+        return session, request, nothing
+
+    def _run(self, session: Session, inputs: Arrays, request: Arrays, images: int, size: int) -> Iterator[Answer]:
         """The answer to each batch; a fixed batch is filled with copies of its last image, and they are dropped."""
-        wanted, fixed = _roles(self._methods), _fixed_batch(self.manifest) is not None
-        for start in range(0, len(images), size):
-            part, target = images[start : start + size], targets[start : start + size]
-            missing = size - len(part) if fixed else 0
-            if missing:
-                part, target = (np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for a in (part, target))
-            if session.weighted:
-                score = self.manifest.score
-                weights = feeds.one_hot(target, score) if target.dtype == np.int64 else target
-                target = feeds.fit_weights(weights, score, session.target_shape)
+        wanted, fixed = _roles(self._methods, self.manifest), _fixed_batch(self.manifest) is not None
+        per_image = {name for name in inputs if self._is_batched(name)}
+        for start in range(0, images, size):
+            missing = max(start + size - images, 0) if fixed else 0
+            part = {
+                name: _part(array, start, size, missing) if name in per_image else array
+                for name, array in inputs.items()
+            }
+            target = {
+                role: _part(array, start, size, missing) if len(array) == images else array
+                for role, array in request.items()
+            }
             answer = session.run(part, target, wanted)
-            yield (
-                Answer(_first(answer.roles, missing, size), _first(answer.outputs, missing, size))
-                if missing
-                else answer
-            )
+            if missing:
+                answer = Answer(_first(answer.roles, missing, size), _first(answer.outputs, missing, size))
+            yield answer
+
+    def _is_batched(self, name: str) -> bool:
+        """Whether the first axis of an input runs over the images."""
+        shape = self._session.inputs[name].shape
+        return bool(shape) and (not isinstance(shape[0], int) or shape[0] == self.input["shape"][0])
 
     def _perhaps_constant(self, session: Session) -> set[str]:
         """The model's outputs whose first size is fixed where the batch is open, so that it may be no batch axis."""
@@ -239,10 +277,25 @@ def _fixed_batch(manifest: Manifest) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def _part(array: np.ndarray, start: int, size: int, missing: int) -> np.ndarray:
+    """One batch of an array, its last row repeated for what is missing."""
+    part = array[start : start + size]
+    return np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+
+
+def _refuse_unread(session: Session, mask: Any, position: Any) -> None:
+    for what, value, role in (("mask", mask, contract.TARGET_MASK), ("position", position, contract.TARGET_POSITION)):
+        if value is not None and role not in session.targets:
+            raise RequestError(
+                f"{what}= is given and the file takes none: it belongs to "
+                + ("the scores of a segmentation, with classes" if what == "mask" else "a neuron with positions")
+            )
+
+
 def _refuse_shared_score(manifest: Manifest, images: int) -> None:
     """Refuse several images where the model gives them one score between them."""
     score, fixed = manifest.score, _fixed_batch(manifest) or 1
-    if score["class_axis"] not in (0, None) or score["two_classes_in_one"]:
+    if score["per_image"]:
         return
     if fixed > 1:
         raise UnsupportedError(
@@ -252,9 +305,11 @@ def _refuse_shared_score(manifest: Manifest, images: int) -> None:
         raise ImageError(f"the model gives one score '{score['tensor']}' for all images; explain one in each call")
 
 
-def _roles(methods: Sequence[str]) -> set[str]:
+def _roles(methods: Sequence[str], manifest: Manifest) -> set[str]:
+    """What is fetched for the methods."""
     layer = contract.LAYER_OUTPUTS if contract.GRADCAM in methods else ()
-    return {contract.TARGET_CLASS, contract.TARGET_SCORE, *methods, *layer}
+    wanted = {contract.TARGET_CLASS, contract.TARGET_SCORE, *methods, *layer}
+    return {role for role in manifest.names if contract.method_of(role) in wanted}
 
 
 def _first(arrays: dict[str, np.ndarray], missing: int, size: int) -> dict[str, np.ndarray]:
@@ -287,7 +342,7 @@ def _join(name: str, arrays: list[np.ndarray], size: int, perhaps_constant: bool
 
 
 class _OneMethod:
-    """One method of one model: `explain(images, labels)` gives its map.
+    """One method of one model: `explain(images, labels)` gives its map, or its maps by role where they are several.
 
     `model` and `options` are those of `Explainer`.
     """
@@ -297,9 +352,11 @@ class _OneMethod:
     def __init__(self, model: ModelLike, **options: Any) -> None:
         self.explainer = Explainer(model, (self.method,), **options)
 
-    def explain(self, images: Any, labels: Any = None, *, batch_size: int | None = None) -> np.ndarray:
-        """The maps of a batch, float32; images, labels and errors are those of `Explainer.explain`."""
-        return self.explainer.explain(images, labels, batch_size=batch_size).maps[self.method]
+    def explain(self, images: Any, labels: Any = None, **options: Any) -> np.ndarray | dict[str, np.ndarray]:
+        """The maps of a batch, float32; images, labels, options and errors are those of `Explainer.explain`."""
+        maps = self.explainer.explain(images, labels, **options).maps
+        own = {role: array for role, array in maps.items() if contract.method_of(role) == self.method}
+        return next(iter(own.values())) if len(own) == 1 else own
 
 
 class Saliency(_OneMethod):

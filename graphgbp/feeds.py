@@ -1,7 +1,7 @@
 """What a user gives, images and labels, checked and made into what a converted file is fed."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -9,6 +9,51 @@ from graphgbp.contract import PREDICTED
 from graphgbp.errors import GraphgbpError, ImageError, TargetError
 
 Shape = Sequence[int | str | None]
+
+
+def read_inputs(
+    images: Any, explained: Sequence[Mapping[str, Any]], inputs: Mapping[str, "ModelInput"]
+) -> dict[str, np.ndarray]:
+    """The model's inputs by name, from one array where it has one, else from a mapping of all.
+
+    `explained` are the manifest's descriptions of the explained inputs, `inputs` all the model has. Raises ImageError
+    where an input is missing or unknown, or does not fit.
+    """
+    if not isinstance(images, Mapping):
+        if len(inputs) > 1:
+            raise ImageError(f"the model takes {len(inputs)} inputs; give a mapping with {', '.join(inputs)}")
+        images = {name: images for name in inputs}
+    missing = [name for name in inputs if name not in images]
+    unknown = [name for name in images if name not in inputs]
+    if missing or unknown:
+        wrong = f"'{missing[0]}' is missing" if missing else f"there is no input '{unknown[0]}'"
+        raise ImageError(f"{wrong}: the model takes {', '.join(inputs)}")
+    known = {entry["name"]: entry for entry in explained}
+    return {
+        name: read_images(images[name], known[name]) if name in known else _read_other(images[name], declared)
+        for name, declared in inputs.items()
+    }
+
+
+class ModelInput(Protocol):
+    """What is needed of a `runtime.Input`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def dtype(self) -> np.dtype | None: ...
+
+
+def _read_other(value: Any, declared: ModelInput) -> np.ndarray:
+    """An input that is fed and not explained, in its type where that loses nothing."""
+    array = np.asarray(value)
+    if declared.dtype is None or array.dtype == declared.dtype:
+        return array
+    if not np.can_cast(array.dtype, declared.dtype, "same_kind"):
+        raise ImageError(f"input '{declared.name}' takes {declared.dtype}, and it is given {array.dtype}")
+    return array.astype(declared.dtype)
 
 
 def read_images(images: Any, expected: Mapping[str, Any]) -> np.ndarray:
@@ -124,11 +169,7 @@ def _read_weights(labels: np.ndarray, images: int, score: Mapping[str, Any]) -> 
     labels = np.broadcast_to(labels, (images, *labels.shape[1:]))
     if labels.ndim == 2 and ((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all():
         return labels.argmax(1)
-    with np.errstate(over="ignore"):
-        weights = labels.astype(np.float32)
-    if not np.isfinite(weights).all():
-        raise TargetError("the weights hold NaN or infinity")
-    return weights
+    return _finite(labels, "weights")
 
 
 def _valid(images: int, score: Mapping[str, Any]) -> str:
@@ -138,6 +179,72 @@ def _valid(images: int, score: Mapping[str, Any]) -> str:
         f"give one class from 0 to {last} (-1: the predicted one), as many as images ({images}), "
         f"or one-hot or real weights [{images}, {width}]"
     )
+
+
+def read_cotangent(cotangent: Any, images: int, score: Mapping[str, Any]) -> np.ndarray:
+    """A cotangent of the explained output's shape, float32. Raises TargetError where it is none."""
+    if cotangent is None:
+        raise TargetError(f"the model takes a cotangent in the shape of '{score['tensor']}' {_spell(score['shape'])}")
+    array = _finite(_as_array(cotangent, "the cotangent", TargetError), "cotangent")
+    shape = [images, *score["shape"][1:]] if score["per_image"] else score["shape"]
+    if array.ndim != len(shape) or not _sizes_fit(array.shape, shape):
+        raise TargetError(
+            f"the cotangent has shape {_spell(array.shape)} and must have that of '{score['tensor']}' {_spell(shape)}"
+        )
+    return array
+
+
+def read_mask(mask: Any, images: int, score: Mapping[str, Any]) -> np.ndarray:
+    """How much each pixel counts: float32 [N, ...] with a size, or 1, per axis of positions.
+
+    None, and -1 anywhere, stand for the pixels predicted as the target. Raises TargetError where it does not fit.
+    """
+    sizes = _position_sizes(score)
+    array = np.full([1] * (len(sizes) + 1), PREDICTED) if mask is None else _as_array(mask, "the mask", TargetError)
+    array = _finite(array, "mask")
+    if array.ndim == len(sizes):
+        array = array[np.newaxis]
+    allowed = [None if given == 1 else size for given, size in zip(array.shape[1:], sizes, strict=False)]
+    if array.ndim != len(sizes) + 1 or len(array) not in (1, images) or not _sizes_fit(array.shape[1:], allowed):
+        raise TargetError(
+            f"the mask has shape {_spell(array.shape)}; give {_spell([images, *sizes])}, or 1 for any size"
+        )
+    if ((array < 0) & (array != PREDICTED)).any():
+        raise TargetError(
+            "the mask holds a negative weight; give 0 or more, or -1 for the pixels predicted as the target"
+        )
+    return np.broadcast_to(array, (images, *array.shape[1:]))
+
+
+def read_position(position: Any, images: int, score: Mapping[str, Any]) -> np.ndarray:
+    """Where the neuron is: int64 [N, R], an index or -1 (all) per axis of positions. Raises TargetError otherwise."""
+    sizes = _position_sizes(score)
+    array = np.asarray([PREDICTED] * len(sizes)) if position is None else _as_array(position, "position", TargetError)
+    array = array.reshape(1, -1) if array.ndim < 2 else array
+    if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[1] != len(sizes) or len(array) not in (1, images):
+        raise TargetError(
+            f"the position has shape {_spell(array.shape)}; give whole numbers {_spell([images, len(sizes)])}"
+        )
+    for column, size in enumerate(sizes):
+        if (array[:, column] < PREDICTED).any() or (isinstance(size, int) and (array[:, column] >= size).any()):
+            raise TargetError(f"the position is out of range: the positions of '{score['tensor']}' are {_spell(sizes)}")
+    return np.broadcast_to(array.astype(np.int64), (images, len(sizes)))
+
+
+def _position_sizes(score: Mapping[str, Any]) -> list[int | str]:
+    return [size for axis, size in enumerate(score["shape"]) if axis not in (0, score["class_axis"])]
+
+
+def _sizes_fit(given: Sequence[int], wanted: Shape) -> bool:
+    return all(not isinstance(b, int) or a == b for a, b in zip(given, wanted, strict=True))
+
+
+def _finite(array: np.ndarray, what: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise TargetError(f"the {what} holds NaN or infinity")
+    return values
 
 
 def one_hot(classes: np.ndarray, score: Mapping[str, Any]) -> np.ndarray:

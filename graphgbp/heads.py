@@ -4,6 +4,8 @@ Grad-CAM         L = relu(sum_k alpha_k A_k), alpha_k the spatial mean of dS/dA_
 Guided Grad-CAM  guided backpropagation times L, element by element
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -38,6 +40,19 @@ def resize_to(g: Emitter, x: gs.Tensor, image: Image, mode: str) -> gs.Tensor:
         sizes = g.join([g.size(x, 0), 1, *(g.size(image.tensor, axis) for axis in axes)])
         resized = g.op("Resize", x, None, None, sizes, **INTERPOLATE_MODES[mode])
     return g.transpose(resized, ["NCHW".index(axis) for axis in image.layout])
+
+
+def mean(g: Emitter, cams: Sequence[gs.Tensor], image: Image, mode: str) -> gs.Tensor:
+    """The maps of several layers in the image's size, each normalised to [0, 1], averaged, and normalised again."""
+    resized = [resize_to(g, _normalised(g, g.relu(cam)), image, mode) for cam in cams]
+    return _normalised(g, g.scale(g.sum([g.relu(cam) for cam in resized]), 1 / len(resized)))
+
+
+def _normalised(g: Emitter, cam: gs.Tensor) -> gs.Tensor:
+    """Each image's map between its own minimum and maximum, as pytorch-grad-cam scales it."""
+    axes = range(1, len(cam.shape))
+    above = g.add(cam, g.reduce_max(g.neg(cam), list(axes)))
+    return g.div(above, g.add(g.reduce_max(above, list(axes)), g.like(cam, 1e-7)))
 
 
 def require_image(image: Image, layer: Layer) -> None:

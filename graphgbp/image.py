@@ -1,5 +1,6 @@
-"""The explained input: which one it is, and its layout."""
+"""The explained inputs: which they are, and their layout."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ _TO_CHANNELS_FIRST = [0, 3, 1, 2]
 
 @dataclass(frozen=True)
 class Image:
-    """The explained input: its tensor, and its layout "NCHW" or "NHWC"; None where nothing tells it."""
+    """An explained input: its tensor, and its layout "NCHW" or "NHWC"; None where nothing tells it."""
 
     tensor: gs.Tensor
     layout: str | None
@@ -42,18 +43,18 @@ class Image:
         }
 
 
-def find_image(view: View, name: str | None = None) -> Image:
-    """The float input that is explained: the one named, else the only one."""
+def find_images(view: View, names: Sequence[str] | None = None) -> list[Image]:
+    """The float inputs that are explained: those named, else all.
+
+    Raises ModelFileError where the model has no float input, RequestError where it has none of a name.
+    """
     inputs = {tensor.name: tensor for tensor in view.graph.inputs if is_float(tensor)}
     if not inputs:
         raise ModelFileError("the model has no float input: a gradient with respect to integers does not exist")
-    if name is None:
-        if len(inputs) > 1:
-            raise RequestError(f"the model has several float inputs ({', '.join(inputs)}); say which with input=")
-        name = next(iter(inputs))
-    if name not in inputs:
-        raise RequestError(f"'{name}' is no float input of the model; it has {', '.join(inputs)}")
-    return Image(inputs[name], _layout(inputs[name]))
+    for name in names or ():
+        if name not in inputs:
+            raise RequestError(f"'{name}' is no float input of the model; it has {', '.join(inputs)}")
+    return [Image(inputs[name], _layout(inputs[name])) for name in dict.fromkeys(names or inputs)]
 
 
 def _layout(x: gs.Tensor) -> str | None:

@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphgbp import model_file
-from graphgbp.conversion import Analysis
+from graphgbp.analysis import Analysis
 from graphgbp.errors import GraphgbpError
 from graphgbp.nodes import label
 from graphgbp.prepare import View, prepare
@@ -31,7 +31,7 @@ class Inspection:
     nodes: int
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
-    input: dict[str, Any] | None
+    explained: list[dict[str, Any]]
     score: dict[str, Any] | None
     layers: list[dict[str, Any]]
     rectifiers: list[dict[str, str]]
@@ -61,7 +61,8 @@ def inspect(model: ModelLike) -> Inspection:
     view = prepare(ours, weights_folder(model))
     findings = _findings(view) if manifest is None else {}
     empty: dict[str, Any] = {
-        "input": None, "score": None, "layers": [], "rectifiers": [], "passed_through": [], "gaps": [], "problems": [],
+        "explained": [], "score": None, "layers": [], "rectifiers": [], "passed_through": [], "gaps": [],
+        "problems": [],
     }  # fmt: skip
     return Inspection(
         file=str(path) if path else None,
@@ -83,7 +84,7 @@ def _findings(view: View) -> dict[str, Any]:
         return {"problems": [str(error)]}
     layers, problem = _layers(analysis)
     return {
-        "input": analysis.image.describe(),
+        "explained": [image.describe() for image in analysis.images],
         "score": analysis.score.describe(),
         "layers": layers,
         "rectifiers": [rectifier.describe() for rectifier in analysis.rectifiers],

@@ -150,7 +150,7 @@ def choose(
     """The target layer for a request: 'auto', a tensor's name or a node's name."""
     if request == "auto":
         return _last(layers)
-    tensor = _find(view, request, layers)
+    tensor = find_tensor(view, request, layers)
     if tensor.shape is None or len(tensor.shape) < 3 or not is_float(tensor):
         raise RequestError(f"'{request}' has no spatial positions (shape {tensor.shape}); {_advice(layers)}")
     if score.name not in varied_tensors(view, [tensor.name], rule_for):
@@ -178,7 +178,8 @@ def _last(layers: Sequence[Layer]) -> Layer:
     return layers[index]
 
 
-def _find(view: View, name: str, layers: Sequence[Layer]) -> gs.Tensor:
+def find_tensor(view: View, name: str, layers: Sequence[Layer] = ()) -> gs.Tensor:
+    """The tensor of that name, or the first output of the node of that name; RequestError where there is none."""
     if name in view.tensors:
         return view.tensors[name]
     by_node = {node.name: node for node in view.graph.nodes if node.name and node.outputs}

@@ -130,7 +130,7 @@ def tiles(
 
     Args:
         photo: uint8 [H, W, 3], RGB, as the model sees it.
-        maps: by method, float [H, W, C] ([H, W, 1] for Grad-CAM).
+        maps: by method, or by role where a method has several, float [H, W, C] ([H, W, 1] for Grad-CAM).
         style: of the guided maps; "auto" is colour where they have 1 or 3 channels, else absolute.
         channels: the order of the model's colour channels, "RGB" or "BGR".
 
@@ -139,11 +139,12 @@ def tiles(
     require_style(style)
     light = photo / 255.0
     drawn = [Tile(heading, light)]
-    for method in HEADINGS:
-        if method in maps:
-            values = maps[method]
-            tile = _cam_tile(light, values) if method == contract.GRADCAM else _guided_tile(values, style, channels)
-            drawn.append(replace(tile, heading=HEADINGS[method], method=method))
+    order = list(HEADINGS)
+    for role in sorted(maps, key=lambda role: order.index(contract.method_of(role))):
+        method, _, of = role.partition("/")
+        is_cam = method == contract.GRADCAM
+        tile = _cam_tile(light, maps[role]) if is_cam else _guided_tile(maps[role], style, channels)
+        drawn.append(replace(tile, heading=f"{HEADINGS[method]} {of}".rstrip(), method=role))
     return drawn
 
 

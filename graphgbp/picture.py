@@ -170,7 +170,7 @@ class Album:
         index: dict[str, Any] = {"graphgbp": __version__, "style": self._style, "images": images}
         if self._manifest is not None:
             manifest = self._manifest
-            index |= {"model": manifest.source, "score": manifest.score, "target_layer": manifest.target_layer}
+            index |= {"model": manifest.source, "score": manifest.score, "target_layers": manifest.target_layers}
             index |= {"methods": manifest.methods}
         return cast(dict[str, Any], _plain(index))
 
@@ -294,12 +294,26 @@ def _tiles(result: Explained, n: int, photo: Any, style: str, channels: str) -> 
     if layout is None or result.images.ndim != 4:
         return []
     maps = {
-        method: _channels_last(result.maps[method][n], layout) for method in contract.METHODS if method in result.maps
+        role: _channels_last(array[n], layout)
+        for role, array in result.maps.items()
+        if _is_picture(role, array, result)
     }
     image = _channels_last(result.images[n], layout)
     if photo is None:
         return panel.tiles(_stretched(image, channels), maps, style, channels, heading="Input, stretched")
     return panel.tiles(_checked_photo(photo, image.shape[:2]), maps, style, channels)
+
+
+def _is_picture(role: str, array: np.ndarray, result: Explained) -> bool:
+    """Whether a map lies over the main image: not a layer's tensor, not another input's."""
+    layout = result.manifest.input["layout"]
+    axes = [0, *(layout.index(axis) for axis in "HW")]
+    sizes = [result.images.shape[axis] for axis in axes]
+    other = any(
+        role.endswith(f"/{entry['name']}") for entry in result.manifest.inputs if entry != result.manifest.input
+    )
+    is_map = contract.method_of(role) in contract.METHODS and not other
+    return is_map and array.ndim == result.images.ndim and [array.shape[axis] for axis in axes] == sizes
 
 
 def _channels_last(array: np.ndarray, layout: str) -> np.ndarray:

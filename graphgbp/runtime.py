@@ -50,6 +50,25 @@ def parse_device(device: str) -> Device | None:
     return Device("cuda", int(found[1] or 0))
 
 
+_GUARDS = {
+    contract.GUARD_NODE: "it must be one class per image, or one for all, from -1 (the predicted class) up to the "
+    "number of classes less one",
+    contract.GUARD_POSITION: "a position must be one row per image, or one for all, each entry from -1 (all along that "
+    "axis) up to the axis's size less one",
+    contract.GUARD_MASK: "the mask must have one row per image, or one for all, and the scores' sizes, or 1",
+    contract.GUARD_WEIGHTS: "it must have the shape of what is explained",
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One of the model's own inputs. `dtype` is None for what is no tensor of numbers."""
+
+    name: str
+    shape: list[int | str | None]
+    dtype: np.dtype | None
+
+
 @dataclass(frozen=True)
 class Answer:
     """One run: what graphgbp appended, by role, and the model's own outputs, by name."""
@@ -66,11 +85,11 @@ class Session:
     bounds the CPU threads; `tf32` allows CUDA's faster, coarser float32 products.
 
     Attributes: `manifest`; `device`, the one taken ("cpu" or "cuda:0"); `device_note`, why "auto" did not take CUDA,
-    else None; `weighted`, whether the file takes `target_weights` and not `target`; `target_shape`, the declared
-    shape of that input; `output_shapes`, those of the outputs.
+    else None; `inputs`, the model's own by name; `targets`, the shapes of those that say what is explained, by role;
+    `output_shapes`, those of the outputs.
 
     Raises DeviceError where the asked device cannot be had, never falling back to another; ModelFileError where the
-    file cannot be loaded or is not converted; RequestError where it needs inputs beside the image and the target.
+    file cannot be loaded or is not converted.
     """
 
     def __init__(
@@ -96,35 +115,35 @@ class Session:
 
     def _read_signature(self) -> None:
         names = self.manifest.names
-        self.weighted = contract.TARGET_WEIGHTS in names
-        self._image = self.manifest.input["name"]
-        self._target = names[contract.TARGET_WEIGHTS if self.weighted else contract.TARGET]
-        required = {value.name for value in self._session.get_inputs()}
-        others = sorted(required - {self._image, self._target})
-        if others:
-            raise RequestError(
-                f"the model also needs inputs {', '.join(others)}, and only images are fed here; "
-                "run the converted file with onnxruntime itself"
-            )
         inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
-        self.target_shape: list[int | str | None] = next(v.shape for v in inputs if v.name == self._target)
+        shapes: dict[str, list[int | str | None]] = {value.name: value.shape for value in inputs}
+        self._target_names = {role: names[role] for role in contract.TARGET_INPUTS if role in names}
+        self.targets = {role: shapes[name] for role, name in self._target_names.items()}
+        self.inputs = {
+            value.name: Input(value.name, value.shape, _dtype(value.type))
+            for value in self._session.get_inputs()
+            if value.name not in self._target_names.values()
+        }
         self.output_shapes = {value.name: value.shape for value in self._session.get_outputs()}
         public = {name: role for role, name in names.items()}
         results = {value.name: value.type for value in self._session.get_outputs()}
         self._roles = {public[name]: name for name in results if name in public}
         self._outputs = [n for n, kind in results.items() if n not in public and kind.startswith("tensor(")]
 
-    def run(self, images: np.ndarray, target: np.ndarray, roles: Collection[str] | None = None) -> Answer:
-        """Run one batch: images as the model takes them; target int64 [N] or [1], or float32 weights as `target_shape`.
+    def run(
+        self, inputs: Mapping[str, np.ndarray], targets: Mapping[str, np.ndarray], roles: Collection[str] | None = None
+    ) -> Answer:
+        """Run one batch: the model's own inputs by name, and what is explained by role, as `targets` lists them.
 
         `roles` chooses among what was appended (all of it by default); the model's own tensor outputs always come.
         Arrays in and out are numpy's, wherever the session runs.
 
-        Raises TargetError where the file's guard refuses the target, GraphgbpError with ONNX Runtime's words
+        Raises TargetError where one of the file's guards refuses the target, GraphgbpError with ONNX Runtime's words
         for any other failure.
         """
         wanted = {role: name for role, name in self._roles.items() if roles is None or role in roles}
-        fetched = self._fetch({self._image: images, self._target: target}, [*wanted.values(), *self._outputs])
+        feeds = {**inputs, **{self._target_names[role]: array for role, array in targets.items()}}
+        fetched = self._fetch(feeds, [*wanted.values(), *self._outputs])
         return Answer(
             {role: fetched[name] for role, name in wanted.items()}, {name: fetched[name] for name in self._outputs}
         )
@@ -255,13 +274,21 @@ def _read_manifest(session: Any) -> Manifest:
     return manifest
 
 
+def _dtype(kind: str) -> np.dtype | None:
+    """numpy's type for ONNX Runtime's spelling: "tensor(float)"."""
+    found = re.fullmatch(r"tensor\((\w+)\)", kind)
+    name = {"float": "float32", "double": "float64"}.get(found[1], found[1]) if found else ""
+    try:
+        return np.dtype(name) if name else None
+    except TypeError:
+        return None
+
+
 def _run_error(error: Exception) -> GraphgbpError:
     words = _words(error)
-    if contract.GUARD_NODE in words:
-        return TargetError(
-            "the target does not fit: it must be one class per image, or one for all, from -1 (the predicted class) "
-            "up to the number of classes less one"
-        )
+    for guard, advice in _GUARDS.items():
+        if guard in words:
+            return TargetError(f"the target does not fit: {advice}")
     advice = "; a smaller batch_size needs less memory" if re.search("alloc|out of memory", words, re.I) else ""
     return GraphgbpError(f"ONNX Runtime could not run the model: {words}{advice}")
 

@@ -1,83 +1,20 @@
-"""What is explained: the score S of one class per image, and its cotangent, the seed.
+"""How the score S is chosen at run time, and its cotangent, the seed.
 
-S_n = z[n, t_n] with z the scores before a final Softmax, LogSoftmax or Sigmoid. Where z has further positions, such as
-pixels, S sums over them, each at its own predicted class where the target is -1. One score for two classes counts as
-z for class 1 and as -z for class 0; where a probability is explained, as p and as 1 - p.
+S_n = z[n, t_n]. Where z has further positions, S sums over them, each at its own predicted class where the target is
+-1; in a segmentation over the pixels of a mask, by default those predicted as the target; in a neuron's tensor over
+the positions that are named. With weights or a cotangent w, S = sum z w.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphgbp.backward import is_float
-from graphgbp.contract import GUARD_NODE, PREDICTED
+from graphgbp import contract
+from graphgbp.contract import PREDICTED
 from graphgbp.emit import Emitter
-from graphgbp.errors import ModelFileError, RequestError, UnsupportedError
-from graphgbp.nodes import label
-from graphgbp.prepare import View
-from graphgbp.shapes import Dim
-
-_PASSED = {
-    "Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Dropout",
-    "QuantizeLinear", "DequantizeLinear",
-}  # fmt: skip
-_ACTIVATIONS = {"Softmax", "LogSoftmax", "Sigmoid"}
-SCORES = ("auto", "pre_softmax", "probability")
-
-
-@dataclass(frozen=True)
-class Score:
-    """The tensor that is explained. `class_axis` is None without classes; `two_in_one` marks one score for two.
-
-    `is_probability`: it is what the final activation gives, and not what that takes.
-    """
-
-    tensor: gs.Tensor
-    output: str
-    activation: str | None
-    class_axis: int | None
-    two_in_one: bool
-    reason: str
-    is_probability: bool = False
-
-    def require_shape(self) -> None:
-        """Raise UnsupportedError where the rank is not known."""
-        if self.tensor.shape is None:
-            raise UnsupportedError(
-                f"the rank of score tensor '{self.tensor.name}' is unknown, so its class axis is too; "
-                "export the model with shapes"
-            )
-
-    @property
-    def rank(self) -> int:
-        return len(self.tensor.shape)
-
-    @property
-    def classes(self) -> Dim | None:
-        """How many classes a target may name."""
-        if self.tensor.shape is None:
-            return None
-        if self.two_in_one:
-            return 2
-        return 1 if self.class_axis is None else self.tensor.shape[self.class_axis]
-
-    @property
-    def one_position(self) -> bool:
-        """Whether each image has exactly one score per class."""
-        return all(size == 1 for axis, size in enumerate(self.tensor.shape) if axis not in (0, self.class_axis))
-
-    def describe(self) -> dict[str, object]:
-        classes = self.classes
-        return {
-            "tensor": self.tensor.name,
-            "output": self.output,
-            "activation": self.activation,
-            "class_axis": self.class_axis,
-            "classes": classes if isinstance(classes, int) else None,
-            "two_classes_in_one": self.two_in_one,
-            "reason": self.reason,
-        }
+from graphgbp.score import Score
 
 
 @dataclass(frozen=True)
@@ -89,95 +26,84 @@ class Seed:
     target_score: gs.Tensor
 
 
-def find_score(view: View, kind: str = "auto", output: str | None = None) -> Score:
-    """The score behind an output (by default the first float one).
-
-    Raises ModelFileError where there is none, RequestError where there is none as asked.
-    """
-    if kind not in SCORES:
-        raise RequestError(f"score='{kind}' is unknown; choose one of {', '.join(SCORES)}")
-    final = _choose_output(view, output)
-    activation = _final_activation(final)
-    if activation is None:
-        if kind == "probability":
-            raise RequestError(
-                f"score='probability' needs a model that ends in one, but output '{final.name}' has no Softmax, "
-                "LogSoftmax or Sigmoid; leave score out"
-            )
-        return _score(final, final.name, None, None, f"output '{final.name}' has no final activation")
-    after = kind == "probability"
-    tensor = activation.outputs[0] if after else activation.inputs[0]
-    axis = activation.attrs["axis"] if activation.op != "Sigmoid" else None
-    side = "after" if after else "before"
-    reason = f"{side} {activation.op} '{label(activation)}', which makes output '{final.name}'"
-    return replace(_score(tensor, final.name, activation.op, axis, reason), is_probability=after)
+def input_roles(score: Score, kind: str) -> list[str]:
+    """The inputs that a converted file takes beside the model's own."""
+    if kind == "weights":
+        return [contract.TARGET_WEIGHTS]
+    if kind == "cotangent":
+        return [contract.TARGET_COTANGENT]
+    if score.has_pixels:
+        return [contract.TARGET, contract.TARGET_MASK]
+    if score.output is None and score.position_axes:
+        return [contract.TARGET, contract.TARGET_POSITION]
+    return [contract.TARGET]
 
 
-def _choose_output(view: View, name: str | None) -> gs.Tensor:
-    outputs = {tensor.name: tensor for tensor in view.graph.outputs if is_float(tensor)}
-    if not outputs:
-        raise ModelFileError("the model has no float output: there is no score to explain")
-    if name is None:
-        return next(iter(outputs.values()))
-    if name not in outputs:
-        raise RequestError(f"'{name}' is no float output of the model; it has {', '.join(outputs)}")
-    return outputs[name]
+def make_input(role: str, name: str, score: Score) -> gs.Variable:
+    """The input of a role, with its type and shape."""
+    positions = len(score.position_axes)
+    dtype, shape = {
+        contract.TARGET: (np.int64, ("targets",)),
+        contract.TARGET_MASK: (np.float32, ("masks", *(f"mask_size_{axis}" for axis in range(positions)))),
+        contract.TARGET_POSITION: (np.int64, ("positions", positions)),
+        contract.TARGET_WEIGHTS: (np.float32, score.tensor.shape),
+        contract.TARGET_COTANGENT: (np.float32, score.tensor.shape),
+    }[role]
+    return gs.Variable(name, np.dtype(dtype), shape)
 
 
-def _final_activation(tensor: gs.Tensor) -> gs.Node | None:
-    while isinstance(tensor, gs.Variable) and tensor.inputs:
-        node = tensor.inputs[0]
-        if node.op in _ACTIVATIONS:
-            return node
-        if node.op not in _PASSED or node.outputs[0].name != tensor.name:
-            return None
-        tensor = node.inputs[0]
-    return None
+def default_value(role: str, score: Score) -> np.ndarray:
+    """What an optional input holds: the predicted class, the pixels predicted as it, every position."""
+    positions = len(score.position_axes)
+    shape = {
+        contract.TARGET: [1],
+        contract.TARGET_MASK: [1] * (positions + 1),
+        contract.TARGET_POSITION: [1, positions],
+    }
+    return np.full(shape[role], PREDICTED, np.float32 if role == contract.TARGET_MASK else np.int64)
 
 
-def _score(tensor: gs.Tensor, output: str, activation: str | None, axis: int | None, reason: str) -> Score:
-    rank = len(tensor.shape or ())
-    if rank == 0:
-        return Score(tensor, output, activation, None, False, reason)
-    if axis is None:
-        axis = 1 if rank > 1 else None
-    else:
-        axis %= rank
-    two_in_one = axis is None or (tensor.shape[axis] == 1 and activation not in ("Softmax", "LogSoftmax"))
-    return Score(tensor, output, activation, axis, two_in_one, reason)
-
-
-def seed(g: Emitter, score: Score, target: gs.Variable) -> Seed:
-    """The seed for classes given at run time: `target` int64 [N] or [1], -1 for the predicted class."""
+def seed(g: Emitter, score: Score, inputs: Mapping[str, gs.Variable]) -> Seed:
+    """The seed from the inputs, by role, that say what is explained."""
     with g.scope("target"):
-        classes = _guarded(g, score, target)
+        for role in (contract.TARGET_WEIGHTS, contract.TARGET_COTANGENT):
+            if role in inputs:
+                return _weighted_seed(g, score, inputs[role])
+        classes = _guarded_classes(g, score, inputs[contract.TARGET])
         if score.two_in_one:
-            return _two_class_seed(g, score, classes)
+            return _two_class_seed(g, score, classes, inputs.get(contract.TARGET_MASK))
         if score.class_axis is None:
             return _sum_seed(g, score)
-        return _class_seed(g, score, classes)
+        return _class_seed(g, score, classes, inputs)
 
 
-def weighted_seed(g: Emitter, score: Score, weights: gs.Variable) -> Seed:
-    """The seed for S = sum_k z_k w_k with weights of the score's shape."""
+def _weighted_seed(g: Emitter, score: Score, weights: gs.Variable) -> Seed:
+    """S = sum z w, with w of z's shape."""
     z = score.tensor
-    with g.scope("target"):
-        cotangent = g.cast(weights, z.dtype)
-        return Seed(cotangent, None, _per_image(g, score, g.mul(z, cotangent)))
+    cotangent = _in_shape_of(g, g.cast(weights, z.dtype), z, contract.GUARD_WEIGHTS)
+    return Seed(cotangent, None, _per_image(g, score, g.mul(z, cotangent)))
 
 
-def _guarded(g: Emitter, score: Score, target: gs.Variable) -> gs.Tensor:
+def _in_shape_of(g: Emitter, x: gs.Tensor, z: gs.Tensor, guard: str) -> gs.Tensor:
+    """x, through a Reshape that fails where it has not as many elements as z."""
+    if all(isinstance(size, int) for size in z.shape):
+        return x
+    return g.with_shape(g.op("Reshape", x, g.op("Shape", z), name=guard), z)
+
+
+def _guarded_classes(g: Emitter, score: Score, target: gs.Variable) -> gs.Tensor:
     """The target, through a Reshape that fails on every provider where it does not fit batch and classes."""
-    images = _images(g, score)
     last = g.sub(_class_count(g, score), g.ints([1]))
     outside = g.op("Or", g.less(target, g.ints([PREDICTED])), g.greater(target, last))
     length = g.op("Shape", target)
-    fits = g.op("Or", g.equal(length, images), g.equal(length, g.ints([1])))
-    bad = g.add(
-        g.reduce_sum(g.cast(outside, np.int64), [0]),
-        g.cast(g.op("Not", fits), np.int64),
-    )
-    return g.op("Reshape", target, g.add(length, bad), name=GUARD_NODE)
+    bad = g.add(g.reduce_sum(g.cast(outside, np.int64), [0]), _is_no_batch(g, score, length))
+    return g.op("Reshape", target, g.add(length, bad), name=contract.GUARD_NODE)
+
+
+def _is_no_batch(g: Emitter, score: Score, length: gs.Tensor) -> gs.Tensor:
+    """int64 [1]: 0 where there are as many as images, or one for all; else 1."""
+    fits = g.op("Or", g.equal(length, _images(g, score)), g.equal(length, g.ints([1])))
+    return g.cast(g.op("Not", fits), np.int64)
 
 
 def _class_count(g: Emitter, score: Score) -> gs.Tensor:
@@ -188,20 +114,27 @@ def _class_count(g: Emitter, score: Score) -> gs.Tensor:
 
 
 def _images(g: Emitter, score: Score) -> gs.Tensor:
-    batched = score.rank > 0 and score.class_axis != 0
-    return g.as_int_vector(g.size(score.tensor, 0)) if batched else g.ints([1])
+    return g.as_int_vector(g.size(score.tensor, 0)) if score.per_image else g.ints([1])
 
 
-def _class_seed(g: Emitter, score: Score, classes: gs.Tensor) -> Seed:
+def _class_seed(g: Emitter, score: Score, classes: gs.Tensor, inputs: Mapping[str, gs.Variable]) -> Seed:
     z, axis = score.tensor, score.class_axis
     predicted = g.op("ArgMax", z, axis=axis, keepdims=1)
     wanted = g.where(_is_predicted(g, score, classes), predicted, _per_position(g, score, classes))
     chosen = g.equal(_class_numbers(g, score), wanted)
-    kept = g.where(chosen, z, g.like(z, 0))
-    return Seed(g.cast(chosen, z.dtype), _target_class(g, score, classes, wanted), _per_image(g, score, kept))
+    if contract.TARGET_POSITION in inputs:
+        chosen = g.op("And", chosen, _at_positions(g, score, inputs[contract.TARGET_POSITION]))
+    if contract.TARGET_MASK in inputs:
+        weight = _pixel_weights(g, score, inputs[contract.TARGET_MASK], g.equal(predicted, wanted))
+        cotangent = g.where(chosen, weight, g.like(z, 0))
+        kept = g.where(chosen, g.mul(z, weight), g.like(z, 0))
+    else:
+        cotangent = g.cast(chosen, z.dtype)
+        kept = g.where(chosen, z, g.like(z, 0))
+    return Seed(cotangent, _target_class(g, score, classes, wanted), _per_image(g, score, kept))
 
 
-def _two_class_seed(g: Emitter, score: Score, classes: gs.Tensor) -> Seed:
+def _two_class_seed(g: Emitter, score: Score, classes: gs.Tensor, mask: gs.Variable | None) -> Seed:
     z, certain = score.tensor, int(score.is_probability)
     positive = g.greater(z, g.like(z, certain / 2))
     second = g.equal(_per_position(g, score, classes), g.ints([1]))
@@ -209,12 +142,48 @@ def _two_class_seed(g: Emitter, score: Score, classes: gs.Tensor) -> Seed:
     cotangent = g.where(one, g.like(z, 1), g.like(z, -1))
     wanted = g.cast(one, np.int64)
     terms = g.where(one, z, g.sub(g.like(z, certain), z))
+    if mask is not None:
+        weight = _pixel_weights(g, score, mask, g.equal(g.cast(positive, np.int64), wanted))
+        cotangent, terms = g.mul(cotangent, weight), g.mul(terms, weight)
     return Seed(cotangent, _target_class(g, score, classes, wanted), _per_image(g, score, terms))
 
 
 def _sum_seed(g: Emitter, score: Score) -> Seed:
+    return Seed(g.like(score.tensor, 1), g.ints([0]), _per_image(g, score, score.tensor))
+
+
+def _pixel_weights(g: Emitter, score: Score, mask: gs.Variable, is_predicted: gs.Tensor) -> gs.Tensor:
+    """The mask at every pixel, in z's type; -1 stands for 1 where the pixel is predicted as the target, else for 0."""
     z = score.tensor
-    return Seed(g.like(z, 1), g.ints([0]), g.cast(g.reshape(z, [1]), np.float32))
+    axis = 1 if score.class_axis is None else score.class_axis
+    weights = g.cast(g.unsqueeze(mask, [axis]), z.dtype)
+    everywhere = g.where(g.less(weights, g.like(z, 0)), g.cast(is_predicted, z.dtype), weights)
+    return _fitted(g, everywhere, is_predicted)
+
+
+def _fitted(g: Emitter, x: gs.Tensor, positions: gs.Tensor) -> gs.Tensor:
+    """x, through a Reshape that fails where it holds other positions than the score."""
+    return g.with_shape(g.op("Reshape", x, g.op("Shape", positions), name=contract.GUARD_MASK), positions)
+
+
+def _at_positions(g: Emitter, score: Score, position: gs.Variable) -> gs.Tensor:
+    """bool, broadcasting against z: whether a position is among those named; -1 names all along its axis."""
+    z, axes = score.tensor, score.position_axes
+    sizes = g.join([g.size(z, axis) for axis in axes])
+    outside = g.op("Or", g.less(position, g.ints([PREDICTED])), g.op("Not", g.less(position, sizes)))
+    shape = g.op("Shape", position)
+    rows = g.slice(shape, [0], [1], [0])
+    bad = g.add(
+        g.reduce_sum(g.reduce_sum(g.cast(outside, np.int64), [1], keepdims=False), [0]), _is_no_batch(g, score, rows)
+    )
+    kept = g.op("Reshape", position, g.add(shape, bad), name=contract.GUARD_POSITION)
+    inside = None
+    for column, axis in enumerate(axes):
+        wanted = g.op("Reshape", g.slice(kept, [column], [column + 1], [1]), g.ints([-1] + [1] * (score.rank - 1)))
+        here = g.op("Or", g.equal(_numbers(g, score, axis), wanted), g.less(wanted, g.ints([0])))
+        inside = here if inside is None else g.op("And", inside, here)
+    assert inside is not None
+    return inside
 
 
 def _per_position(g: Emitter, score: Score, classes: gs.Tensor) -> gs.Tensor:
@@ -229,23 +198,30 @@ def _is_predicted(g: Emitter, score: Score, classes: gs.Tensor) -> gs.Tensor:
 def _class_numbers(g: Emitter, score: Score) -> gs.Tensor:
     """0 .. K-1 along the class axis."""
     assert score.class_axis is not None
-    behind = [1] * (score.rank - score.class_axis - 1)
-    if isinstance(score.classes, int):
-        return g.constant(np.arange(score.classes, dtype=np.int64).reshape([-1, *behind]))
-    count = g.squeeze(_class_count(g, score), [0])
+    return _numbers(g, score, score.class_axis)
+
+
+def _numbers(g: Emitter, score: Score, axis: int) -> gs.Tensor:
+    """0, 1, ... along an axis of the score."""
+    behind = [1] * (score.rank - axis - 1)
+    size = score.tensor.shape[axis]
+    if isinstance(size, int):
+        return g.constant(np.arange(size, dtype=np.int64).reshape([-1, *behind]))
+    count = g.squeeze(g.as_int_vector(g.size(score.tensor, axis)), [0])
     numbers = g.op("Range", g.constant(np.int64(0)), count, g.constant(np.int64(1)))
     return g.op("Reshape", numbers, g.ints([-1, *behind]))
 
 
 def _target_class(g: Emitter, score: Score, classes: gs.Tensor, wanted: gs.Tensor) -> gs.Tensor:
     """int64 [N]: the class that was explained; where positions chose their own, the target as it came."""
-    if score.one_position:
+    if not score.position_axes:
         return g.op("Reshape", wanted, g.ints([-1]))
     return g.op("Expand", classes, _images(g, score))
 
 
 def _per_image(g: Emitter, score: Score, terms: gs.Tensor) -> gs.Tensor:
-    """float32 [N]: the sum of an image's terms."""
-    if score.class_axis == 0:
-        return g.cast(g.reduce_sum(terms, [0]), np.float32)
+    """float32 [N]: the sum of an image's terms; [1] where all images share them."""
+    if not score.per_image:
+        total = g.reduce_sum(terms, range(score.rank), keepdims=False) if score.rank else terms
+        return g.cast(g.reshape(total, [1]), np.float32)
     return g.cast(g.reduce_sum(terms, range(1, score.rank), keepdims=False), np.float32)

@@ -139,7 +139,7 @@ def test_manifest(source, explained):
     assert told["source"]["sha256"] == digest
     assert told["methods"] == ALL
     assert told["score"]["tensor"] == "logits" and told["score"]["classes"] == 1000
-    assert told["target_layer"]["op"] == "Clip" and "every path" in told["target_layer"]["reason"]
+    assert told["target_layers"][0]["op"] == "Clip" and "every path" in told["target_layers"][0]["reason"]
     clips = [node for node in source.graph.node if node.op_type == "Clip"]
     assert [entry["node"] for entry in told["rectifiers"]] == [node.name for node in clips]
     assert {entry["clothing"] for entry in told["rectifiers"]} == {"Clip(x, 0, 6)"}
@@ -234,7 +234,7 @@ def test_static_and_dynamic_shapes_give_the_same_maps():
         ({"target": "none"}, "target='none' is unknown"),
         ({"rectifiers": "none"}, "rectifiers='none' is unknown"),
         ({"interpolate_mode": "cubic"}, "interpolate_mode='cubic' is unknown"),
-        ({"input": "photo"}, "no float input"),
+        ({"inputs": "photo"}, "no float input"),
         ({"output": "photo"}, "no float output"),
     ],
 )

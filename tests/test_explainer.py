@@ -62,7 +62,7 @@ def test_equal_batches_are_not_mistaken_for_one(batch):
 def test_no_batch_is_larger_than_asked(source, monkeypatch):
     explainer = Explainer(source, ["saliency"], device="cpu", batch_size=3)
     sizes, original = [], explainer._session.run
-    monkeypatch.setattr(explainer._session, "run", lambda x, *rest: (sizes.append(len(x)), original(x, *rest))[1])
+    monkeypatch.setattr(explainer._session, "run", lambda x, *rest: (sizes.append(len(x["x"])), original(x, *rest))[1])
     explainer.explain(drawn(7, 3, 8, 8))
     explainer.explain(drawn(4, 3, 8, 8), batch_size=2)
     assert sizes == [3, 3, 1, 2, 2]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import graphgbp
-from graphgbp.conversion import Analysis
+from graphgbp.analysis import Analysis
 from graphgbp.prepare import prepare
 from tests.build import drawn, model, small_cnn
 from tests.rules.harness import run

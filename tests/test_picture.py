@@ -104,7 +104,7 @@ def made(images, layout, **maps):
         graphgbp="0",
         source={},
         names={},
-        input={"layout": layout},
+        inputs=[{"name": "x", "layout": layout}],
         score={"class_axis": 1, "two_classes_in_one": False},
     )
 

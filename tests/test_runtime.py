@@ -38,7 +38,7 @@ def classes(*values: int) -> np.ndarray:
 
 def test_run_gives_what_plain_onnxruntime_gives(converted, images):
     session = Session(converted, device="cpu")
-    answer = session.run(images, classes(0, -1, 4))
+    answer = session.run({"x": images}, {"target": classes(0, -1, 4)})
     plain = onnxruntime.InferenceSession(converted, providers=["CPUExecutionProvider"])
     names = [value.name for value in plain.get_outputs()]
     expected = dict(zip(names, plain.run(None, {"x": images, "target": classes(0, -1, 4)}), strict=True))
@@ -49,7 +49,7 @@ def test_run_gives_what_plain_onnxruntime_gives(converted, images):
 
 
 def test_run_fetches_the_asked_roles_alone(converted, images):
-    answer = Session(converted, device="cpu").run(images, classes(1), ["saliency"])
+    answer = Session(converted, device="cpu").run({"x": images}, {"target": classes(1)}, ["saliency"])
     assert set(answer.roles) == {"saliency"}
 
 
@@ -58,7 +58,7 @@ def test_roles_are_found_under_changed_names(images):
     source = small_cnn(tail)
     source.graph.output.extend(onnx.helper.make_tensor_value_info(n, 1, ["N", 5]) for n in ("saliency", "target"))
     session = Session(graphgbp.convert(source, ["saliency"]).SerializeToString(), device="cpu")
-    answer = session.run(images, classes(2))
+    answer = session.run({"x": images}, {"target": classes(2)})
     assert set(answer.outputs) == {"y", "saliency", "target"}
     assert answer.outputs["saliency"].shape == (3, 5)
     assert answer.roles["saliency"].shape == images.shape
@@ -69,7 +69,7 @@ def test_an_optional_target_is_fed_all_the_same(images):
     optional = Session(graphgbp.convert(source, ["saliency"], target="optional").SerializeToString(), device="cpu")
     required = Session(graphgbp.convert(source, ["saliency"]).SerializeToString(), device="cpu")
     target = classes(3, 0, 1)
-    got, expected = (session.run(images, target).roles for session in (optional, required))
+    got, expected = (session.run({"x": images}, {"target": target}).roles for session in (optional, required))
     np.testing.assert_array_equal(got["target_class"], target)
     np.testing.assert_array_equal(got["saliency"], expected["saliency"])
 
@@ -81,11 +81,11 @@ def test_a_path_with_external_data(tmp_path, images):
     onnx.save(source, tmp_path / "model.onnx")
     converted = graphgbp.convert(tmp_path / "model.onnx", ["saliency"])
     graphgbp.save(converted, tmp_path / "explained.onnx")
-    whole = expected.run(images, classes(1)).roles["saliency"]
+    whole = expected.run({"x": images}, {"target": classes(1)}).roles["saliency"]
     from_path = Session(tmp_path / "explained.onnx", device="cpu")
     from_bytes = Session(converted.SerializeToString(), weights_folder=tmp_path, device="cpu")
     for session in (from_path, from_bytes):
-        np.testing.assert_array_equal(session.run(images, classes(1)).roles["saliency"], whole)
+        np.testing.assert_array_equal(session.run({"x": images}, {"target": classes(1)}).roles["saliency"], whole)
 
 
 def test_a_session_is_freed(converted):
@@ -111,18 +111,18 @@ def test_a_target_that_does_not_fit_fails_in_plain_onnxruntime(images, target, m
     with pytest.raises(Exception, match="graphgbp/target/class_out_of_range"):
         plain.run(None, {"x": images, "target": target})
     with pytest.raises(TargetError, match="one class per image"):
-        Session(content, device="cpu").run(images, target)
+        Session(content, device="cpu").run({"x": images}, {"target": target})
 
 
 def test_a_failing_run_gives_onnxruntimes_words_in_one_line(converted):
     with pytest.raises(GraphgbpError, match=r"could not run the model: Got invalid dimensions.*Expected: 3") as caught:
-        Session(converted, device="cpu").run(drawn(1, 2, 8, 8), classes(0))
+        Session(converted, device="cpu").run({"x": drawn(1, 2, 8, 8)}, {"target": classes(0)})
     assert "\n" not in str(caught.value)
 
 
 def test_a_run_says_nothing_on_stderr(converted, images, capfd):
     with pytest.raises(TargetError):
-        Session(converted, device="cpu").run(images, classes(9))
+        Session(converted, device="cpu").run({"x": images}, {"target": classes(9)})
     assert capfd.readouterr() == ("", "")
 
 
@@ -161,12 +161,14 @@ def test_a_manifest_of_another_version_is_refused(converted):
         Session(proto.SerializeToString(), device="cpu")
 
 
-def test_other_inputs_are_refused():
+def test_other_inputs_are_fed_by_name():
     nodes = ["y = Conv(a, w)", "o = GlobalAveragePool(y)", "p = Add(o, b)"]
     source = model(nodes, {"a": ["N", 3, 8, 8], "b": [1]}, ["p"], {"w": drawn(4, 3, 3, 3)})
-    converted = graphgbp.convert(source, ["saliency"], input="a")
-    with pytest.raises(RequestError, match="also needs inputs b"):
-        Session(converted.SerializeToString(), device="cpu")
+    session = Session(graphgbp.convert(source, ["saliency"], inputs="a").SerializeToString(), device="cpu")
+    assert list(session.inputs) == ["a", "b"] and session.inputs["b"].dtype == np.float32
+    a, b = drawn(2, 3, 8, 8), np.ones(1, np.float32)
+    low, high = (session.run({"a": a, "b": b * f}, {"target": classes(1)}).roles["target_score"] for f in (0, 1))
+    np.testing.assert_allclose(high - low, 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True])
@@ -176,7 +178,9 @@ def test_threads_must_be_a_number(converted, threads):
 
 
 def test_threads_do_not_change_the_maps(converted, images):
-    one, two = (Session(converted, device="cpu", threads=n).run(images, classes(1)).roles for n in (1, 2))
+    one, two = (
+        Session(converted, device="cpu", threads=n).run({"x": images}, {"target": classes(1)}).roles for n in (1, 2)
+    )
     np.testing.assert_allclose(one["saliency"], two["saliency"], atol=1e-6)
 
 
@@ -257,7 +261,7 @@ def test_cuda_says_what_is_missing(monkeypatch, converted, images, capfd, descri
         session = Session(converted, device="auto")
         assert session.device == "cpu"
         assert session.device_note.startswith("CUDA is not used: ")
-        assert session.run(images, classes(0)).roles["saliency"].any()
+        assert session.run({"x": images}, {"target": classes(0)}).roles["saliency"].any()
     assert capfd.readouterr() == ("", "")
 
 
@@ -317,7 +321,8 @@ def test_cuda_gives_the_cpus_maps(mode):
     target = classes(0, -1, 4) if mode == "required" else drawn(3, 5, seed=12)
     cuda, cpu = Session(content, device="cuda"), Session(content, device="cpu")
     assert cuda.device == "cuda:0"
-    got, expected = cuda.run(images, target), cpu.run(images, target)
+    (role,) = cpu.targets
+    got, expected = (session.run({"x": images}, {role: target}) for session in (cuda, cpu))
     assert got.roles.keys() == expected.roles.keys()
     for name, value in {**expected.outputs, **expected.roles}.items():
         other = {**got.outputs, **got.roles}[name]
@@ -328,7 +333,7 @@ def test_cuda_gives_the_cpus_maps(mode):
 @pytest.mark.parametrize("target", [classes(-2), classes(5), classes(0, 0, 5), classes(0, 1), classes()])
 def test_a_target_that_does_not_fit_fails_on_cuda(converted, images, target):
     with pytest.raises(TargetError):
-        Session(converted, device="cuda").run(images, target)
+        Session(converted, device="cuda").run({"x": images}, {"target": target})
 
 
 @pytest.mark.cuda

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import graphgbp
+from graphgbp.analysis import Analysis
 from graphgbp.prepare import prepare
-from graphgbp.target import find_score
 from tests.build import drawn, model, small_cnn
 from tests.rules.harness import run
 
@@ -17,7 +17,7 @@ FLAT = ["f = Flatten(x)", "z = MatMul(f, w)"]
 
 def score_of(nodes, output=None, kind="auto", inputs=None):
     made = model(nodes, inputs or {"x": ("N", 3, 2, 2)}, ["y"], HEAD)
-    return find_score(prepare(made), kind, output)
+    return Analysis(prepare(made), kind, output=output).score
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,8 @@ def test_score_class_and_gradient_equal_torchs(name, targets):
     weights = HEAD | {"shape": np.array([-1, 3, 4]), "axes": np.array([1]), "flexible": np.array([-1, 6, 2])}
     explained = graphgbp.convert(model(nodes, {"x": ("N", 3, 2, 2)}, ["y"], weights), ["saliency"])
     x = drawn(3, 3, 2, 2, seed=9)
-    got = run(explained, {"x": x, "target": np.array(targets)})
+    every_pixel = {"target_mask": np.ones((1, 1, 1), np.float32)} if name == "pixels" else {}
+    got = run(explained, {"x": x, "target": np.array(targets), **every_pixel})
 
     leaf = torch.from_numpy(x).requires_grad_()
     z, axis = scores(name, leaf)

@@ -11,8 +11,9 @@ from graphgbp.cli import console
 from graphgbp.errors import OutputError
 
 SCORES = ("auto", "pre_softmax", "probability")
-TARGETS = ("required", "optional", "weights")
+TARGETS = ("required", "optional", "weights", "cotangent")
 RECTIFIERS = ("relu", "all")
+AGGREGATES = ("mean",)
 INTERPOLATE_MODES = ("bilinear", "nearest")
 
 
@@ -20,20 +21,34 @@ INTERPOLATE_MODES = ("bilinear", "nearest")
 @click.argument("model")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write, such as MODEL.explained.onnx.")
 @console.methods_option
-@click.option("--layer", default="auto", metavar="NAME", help="Where Grad-CAM is taken: a tensor, a node, or auto.")
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="NAME",
+    help="Where Grad-CAM is taken: a tensor, a node, or auto; may be repeated.  [default: auto]",
+)
+@click.option("--aggregate", type=click.Choice(AGGREGATES), help="Make one Grad-CAM of several layers.")
 @click.option(
     "--score", type=click.Choice(SCORES), default="auto", help="Explain the score before or after the softmax."
 )
 @click.option(
     "--target", type=click.Choice(TARGETS), default="required", help="The class as an input, with or without a default."
 )
+@click.option("--target-tensor", metavar="NAME", help="Explain neurons of this tensor instead of an output.")
 @click.option("--rectifiers", type=click.Choice(RECTIFIERS), default="relu", help="What the guided rule masks.")
 @click.option(
     "--interpolate-mode", type=click.Choice(INTERPOLATE_MODES), default="bilinear", help="How Grad-CAM is resized."
 )
 @click.option("--no-relu-attributions", is_flag=True, help="Leave Grad-CAM signed.")
-@click.option("--input-name", metavar="NAME", help="The input to explain, where the model has several.")
-@click.option("--output-name", metavar="NAME", help="The output to explain, where it is not the first.")
+@click.option(
+    "--input-name",
+    "inputs",
+    multiple=True,
+    metavar="NAME",
+    help="An input to explain; may be repeated.  [default: all]",
+)
+@click.option("--output-name", metavar="NAME", help="The output to explain, where `inspect` names another.")
 @click.option("--force", is_flag=True, help="Replace OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def convert(model: str, out: str, methods: tuple[str, ...], force: bool, as_json: bool, **options: Any) -> None:
@@ -47,13 +62,15 @@ def convert(model: str, out: str, methods: tuple[str, ...], force: bool, as_json
         converted = graphgbp.convert(
             model,
             **given,
-            target_layer=options["layer"],
+            target_layer=options["layers"] or None,
+            aggregate=options["aggregate"],
             score=options["score"],
             target=options["target"],
+            target_tensor=options["target_tensor"],
             rectifiers=options["rectifiers"],
             interpolate_mode=options["interpolate_mode"],
             relu_attributions=not options["no_relu_attributions"],
-            input=options["input_name"],
+            inputs=options["inputs"] or None,
             output=options["output_name"],
         )
         graphgbp.save(converted, out, weights_from=Path(model).parent)
@@ -72,8 +89,8 @@ def _summary(manifest: dict[str, Any], out: str, model_bytes: int, out_bytes: in
     yield "wrote", f"{out}, {console.spell_bytes(out_bytes)} ({growth:+.1f} %)"
     yield "explains", f"{manifest['score']['tensor']}: {manifest['score']['reason']}"
     yield "methods", ", ".join(manifest["methods"])
-    if manifest["target_layer"]:
-        yield "layer", f"{manifest['target_layer']['tensor']}: {manifest['target_layer']['reason']}"
+    for layer in manifest["target_layers"]:
+        yield "layer", f"{layer['tensor']}: {layer['reason']}"
     yield "rectifiers", f"{len(manifest['rectifiers'])} masked by the guided rule"
     if manifest["passed_through"]:
         yield "activations", f"{len(manifest['passed_through'])} smooth or leaky, passed through with their derivative"

@@ -42,7 +42,9 @@ def _facts(found: "Inspection") -> Iterator[tuple[str, str]]:
     yield "nodes", str(found.nodes)
     for kind, tensors in (("input", found.inputs), ("output", found.outputs)):
         for tensor in tensors:
-            layout = found.input["layout"] if found.input and found.input["name"] == tensor["name"] else None
+            layout = next(
+                (x["layout"] for x in found.explained if kind == "input" and x["name"] == tensor["name"]), None
+            )
             shape = console.spell_shape(tensor["shape"])
             yield kind, f"{tensor['name']}  {tensor['dtype']} {shape}{f'  {layout}' if layout else ''}"
     if found.score:

@@ -7,10 +7,10 @@ import onnx
 import pytest
 
 import graphgbp
-from graphgbp.conversion import RECTIFIERS, TARGETS
 from graphgbp.heads import INTERPOLATE_MODES
 from graphgbp.model_file import read_manifest
-from graphgbp.target import SCORES
+from graphgbp.options import RECTIFIERS, TARGETS
+from graphgbp.score import SCORES
 from tests.cli.conftest import refused
 
 
@@ -36,7 +36,7 @@ def test_every_option_reaches_convert(run, folder):
         rectifiers="all",
         interpolate_mode="nearest",
         relu_attributions=False,
-        input="x",
+        inputs="x",
         output="y",
     )
     assert (folder / "out.onnx").read_bytes() == expected.SerializeToString(deterministic=True)

@@ -1,0 +1,114 @@
+"""What can be said of a model before anything is appended; `inspect` shows it and `convert` acts on it."""
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+
+import onnx_graphsurgeon as gs
+
+import graphgbp.rules  # noqa: F401  fills the registry
+from graphgbp import heads, layers, registry, score
+from graphgbp.backward import Gap, RuleFor, active_nodes, gaps, refuse_gaps, varied_tensors
+from graphgbp.errors import RequestError
+from graphgbp.image import Image, find_images
+from graphgbp.layers import Layer
+from graphgbp.prepare import View
+from graphgbp.rectifiers import Rectifier, find_rectifiers, find_smooth
+from graphgbp.score import Score
+
+
+class Analysis:
+    """A reading view, the inputs that are explained, and the score.
+
+    `inputs` names the explained inputs; None takes every float input that the score depends on. `kind` is that of
+    the score; `whole_output` takes an output as it is, `neurons` a tensor inside the model.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        kind: str = "auto",
+        inputs: Sequence[str] | None = None,
+        output: str | None = None,
+        *,
+        whole_output: bool = False,
+        neurons: str | None = None,
+    ) -> None:
+        self.view = view
+        given = find_images(view, inputs)
+        reached = varied_tensors(view, [image.tensor.name for image in given], self.rule_for)
+        main = _main(given)
+        self.axes = layers.channel_axes(view, main.tensor, main.layout)
+        self.score: Score = (
+            score.neuron(layers.find_tensor(view, neurons), self.axes)
+            if neurons is not None
+            else score.whole_output(view, reached, output)
+            if whole_output
+            else score.find_score(view, reached, self.axes, kind, output)
+        )
+        self.images = given if inputs is not None else self._reaching(given)
+
+    def _reaching(self, images: Sequence[Image]) -> list[Image]:
+        """Those the score depends on; all of them where it depends on none, which is refused later."""
+        return [image for image in images if self._depends_on(image)] or list(images)
+
+    def _depends_on(self, image: Image) -> bool:
+        return self.score.tensor.name in varied_tensors(self.view, [image.tensor.name], self.rule_for)
+
+    @cached_property
+    def rule_for(self) -> RuleFor:
+        return table_of(self.view)
+
+    @property
+    def image(self) -> Image:
+        """The input that Grad-CAM is drawn over: the first that is an image, else the first."""
+        return _main(self.images)
+
+    @property
+    def image_names(self) -> list[str]:
+        return [image.tensor.name for image in self.images]
+
+    @cached_property
+    def active(self) -> list[gs.Node]:
+        """The nodes between the explained inputs and the score."""
+        return active_nodes(self.view, self.image_names, [self.score.tensor.name], self.rule_for)
+
+    @cached_property
+    def gaps(self) -> list[Gap]:
+        return gaps(self.view, self.active, self.image_names, [self.score.tensor.name], self.rule_for)
+
+    @cached_property
+    def rectifiers(self) -> list[Rectifier]:
+        return find_rectifiers(self.active)
+
+    @cached_property
+    def smooth(self) -> list[Rectifier]:
+        return find_smooth(self.active)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The candidates for Grad-CAM's target layer."""
+        return layers.candidates(self.view, self.image.tensor, self.image.layout, self.score.tensor, self.rule_for)
+
+    def layer(self, request: str) -> Layer:
+        chosen = layers.choose(self.view, self.layers, request, self.score.tensor, self.axes, self.rule_for)
+        heads.require_image(self.image, chosen)
+        return chosen
+
+    def refuse_unexplainable(self) -> None:
+        refuse_gaps(self.gaps, self.view)
+        self.score.require_shape()
+        for image in self.images:
+            if not self._depends_on(image):
+                raise RequestError(
+                    f"score '{self.score.tensor.name}' does not depend on input '{image.tensor.name}' by any float "
+                    "path; name another input or output"
+                )
+
+
+def _main(images: Sequence[Image]) -> Image:
+    return next((image for image in images if image.layout is not None), images[0])
+
+
+def table_of(view: View) -> RuleFor:
+    """The rule table read through the model's opsets."""
+    return partial(registry.lookup, opsets=view.opsets)

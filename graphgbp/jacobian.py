@@ -1,0 +1,52 @@
+"""The vector-Jacobian product of any outputs by any inputs, appended to a model."""
+
+from collections.abc import Sequence
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphgbp import model_file
+from graphgbp._version import __version__
+from graphgbp.analysis import table_of
+from graphgbp.append import append_checked
+from graphgbp.backward import backward, is_float
+from graphgbp.contract import Manifest, public_names
+from graphgbp.emit import Emitter
+from graphgbp.errors import ModelFileError, RequestError
+from graphgbp.prepare import prepare
+from graphgbp.source import ModelLike, open_source, weights_folder
+
+
+def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None) -> onnx.ModelProto:
+    """Append the vector-Jacobian product: an input `<output>_grad` per output, an output `<input>_grad` per input.
+
+    x_grad = sum over outputs of (d output / d x)^T output_grad, in the model's own type; x_grad has x's shape and
+    y_grad must have y's. By default every float input and every float output takes part. An input on which no output
+    depends gets zeros.
+
+    Raises UnsupportedOperatorError, RequestError for a name that is no float input or output, ModelFileError.
+    """
+    source, record = open_source(model)
+    view = prepare(source, weights_folder(model))
+    g = Emitter(view.graph, view.opset)
+    wanted = _choose(inputs, view.graph.inputs, "input")
+    seeded = _choose(outputs, view.graph.outputs, "output")
+    roles = [f"{y.name}_grad" for y in seeded] + [f"{x.name}_grad" for x in wanted]
+    names = public_names(model_file.taken_names(source), roles)
+    seeds = {y.name: gs.Variable(names[f"{y.name}_grad"], y.dtype, y.shape) for y in seeded}
+    found = backward(g, view, seeds, [x.name for x in wanted], table_of(view), "vjp")
+    results = [g.name_output(found.get(x.name) or g.zeros_like(x), names[f"{x.name}_grad"]) for x in wanted]
+    append_checked(source, view, g, list(seeds.values()), results)
+    model_file.append_metadata(source, Manifest(kind="vjp", graphgbp=__version__, names=names, **record))
+    return source
+
+
+def _choose(names: Sequence[str] | None, tensors: Sequence[gs.Tensor], kind: str) -> list[gs.Tensor]:
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names or ()))
+    available = {tensor.name: tensor for tensor in tensors if is_float(tensor)}
+    if not available:
+        raise ModelFileError(f"the model has no float {kind}: there is nothing to differentiate")
+    for name in names:
+        if name not in available:
+            raise RequestError(f"'{name}' is no float {kind} of the model; it has {model_file.describe(available)}")
+    return [available[name] for name in names] if names else list(available.values())

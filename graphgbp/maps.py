@@ -1,0 +1,145 @@
+"""Which maps a converted file holds: the backward passes they need, and the maps made of them, each once.
+
+Where there are several explained inputs or target layers, the role of a map ends in the name of its own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphgbp import contract, heads, policies
+from graphgbp.analysis import Analysis
+from graphgbp.backward import RuleFor, backward
+from graphgbp.contract import method_of, role_of
+from graphgbp.emit import Emitter
+from graphgbp.image import Image
+from graphgbp.layers import Layer
+from graphgbp.options import Options
+
+Maps = dict[str, gs.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request and what it is asked of; `layers` are Grad-CAM's target layers by the names they go by."""
+
+    options: Options
+    analysis: Analysis
+    layers: Mapping[str, Layer]
+
+    @property
+    def images(self) -> list[Image]:
+        return self.analysis.images
+
+    def input_role(self, method: str, image: Image, *qualifiers: str) -> str:
+        several = len(self.images) > 1
+        return role_of(method, *qualifiers, *([image.tensor.name] if several else []))
+
+    def layer_role(self, method: str, name: str) -> str:
+        return role_of(method, *self.layer_name(name))
+
+    def layer_name(self, name: str) -> list[str]:
+        return [name] if len(self.layers) > 1 else []
+
+
+def make_maps(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
+    """Every map that is asked for and no other, float32, in the order of the file's outputs."""
+    asked = set(plan.options.methods)
+    made = _gradients(g, plan, cotangent)
+    if plan.layers:
+        made |= _layer_gradients(g, plan, cotangent)
+        with g.scope("gradcam"):
+            made |= _cams(g, plan, made)
+    if contract.GRADCAM in asked:
+        asked.update(contract.LAYER_OUTPUTS)
+    order = [*contract.METHODS, *contract.LAYER_OUTPUTS]
+    roles = sorted(made, key=lambda role: order.index(method_of(role)))
+    return {role: g.cast(made[role], np.float32) for role in roles if method_of(role) in asked}
+
+
+def _gradients(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
+    """The maps that are gradients by the inputs, each under its policy."""
+    analysis, asked = plan.analysis, plan.options.methods
+    masked = [*analysis.rectifiers, *(analysis.smooth if plan.options.rectifiers == "all" else [])]
+    passes: list[tuple[str, str, RuleFor]] = []
+    if contract.SALIENCY in asked:
+        passes.append((contract.SALIENCY, "gradient", analysis.rule_for))
+    if contract.GUIDED_BACKPROP in asked or contract.GUIDED_GRADCAM in asked:
+        passes.append((contract.GUIDED_BACKPROP, "guided", policies.guided(analysis.rule_for, masked)))
+    if contract.DECONVNET in asked:
+        deconvnet = policies.deconvnet(analysis.rule_for, analysis.rectifiers)
+        passes.append((contract.DECONVNET, "deconvnet", deconvnet))
+    made: Maps = {}
+    for method, scope, rule_for in passes:
+        found = _backward(g, plan, cotangent, analysis.image_names, rule_for, scope)
+        made |= {plan.input_role(method, image): found[image.tensor.name] for image in analysis.images}
+    return made
+
+
+def _backward(
+    g: Emitter, plan: Plan, cotangent: gs.Tensor, wanted: Sequence[str], rule_for: RuleFor, scope: str
+) -> Maps:
+    analysis = plan.analysis
+    return backward(g, analysis.view, {analysis.score.tensor.name: cotangent}, wanted, rule_for, scope)
+
+
+def _layer_gradients(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
+    """A and dS/dA of every target layer, by the plain gradient."""
+    wanted = list(dict.fromkeys(layer.tensor.name for layer in plan.layers.values()))
+    found = _backward(g, plan, cotangent, wanted, plan.analysis.rule_for, "gradient")
+    made: Maps = {}
+    for name, layer in plan.layers.items():
+        made[plan.layer_role(contract.GRADCAM_FEATURES, name)] = layer.tensor
+        made[plan.layer_role(contract.GRADCAM_GRADIENTS, name)] = found[layer.tensor.name]
+    return made
+
+
+def _cams(g: Emitter, plan: Plan, made: Mapping[str, gs.Tensor]) -> Maps:
+    """Grad-CAM over the main image, and its product with guided backpropagation for every input that is an image."""
+    options, main = plan.options, plan.analysis.image
+    raw = {
+        name: heads.cam(g, layer, made[plan.layer_role(contract.GRADCAM_GRADIENTS, name)])
+        for name, layer in plan.layers.items()
+    }
+    if options.aggregate == "mean":
+        return _mean_cams(g, plan, list(raw.values()), made)
+    cams: Maps = {}
+    for name, cam in raw.items():
+        shown = g.relu(cam) if options.relu_attributions else cam
+        cams[plan.layer_role(contract.GRADCAM, name)] = _over(g, shown, main, options.interpolate_mode)
+        for image, guided in _guided(plan, made):
+            role = plan.input_role(contract.GUIDED_GRADCAM, image, *plan.layer_name(name))
+            cams[role] = _product(g, guided, _over(g, g.relu(cam), image, options.interpolate_mode), image)
+    return cams
+
+
+def _mean_cams(g: Emitter, plan: Plan, raw: Sequence[gs.Tensor], made: Mapping[str, gs.Tensor]) -> Maps:
+    mode = plan.options.interpolate_mode
+    cams = {contract.GRADCAM: heads.mean(g, raw, plan.analysis.image, mode)}
+    for image, guided in _guided(plan, made):
+        role = plan.input_role(contract.GUIDED_GRADCAM, image)
+        cams[role] = _product(g, guided, heads.mean(g, raw, image, mode), image)
+    return cams
+
+
+def _guided(plan: Plan, made: Mapping[str, gs.Tensor]) -> Iterator[tuple[Image, gs.Tensor]]:
+    """Every input that Grad-CAM can be drawn over, with its guided backpropagation, where Guided Grad-CAM is asked."""
+    main = plan.analysis.image
+    for image in plan.analysis.images if contract.GUIDED_GRADCAM in plan.options.methods else []:
+        if image.layout is not None and main.layout is not None and len(image.layout) == len(main.layout):
+            yield image, made[plan.input_role(contract.GUIDED_BACKPROP, image)]
+
+
+def _product(g: Emitter, guided: gs.Tensor, cam: gs.Tensor, image: Image) -> gs.Tensor:
+    return g.with_shape(g.mul(g.cast(guided, np.float32), cam), image.tensor)
+
+
+def _over(g: Emitter, cam: gs.Tensor, image: Image, mode: str) -> gs.Tensor:
+    """A map in an image's size; its sizes are spelled as the image's: `height` stays `height`."""
+    assert image.layout is not None
+    resized = heads.resize_to(g, cam, image, mode)
+    sizes = zip(image.layout, image.tensor.shape, strict=True)
+    resized.shape = tuple(1 if axis == "C" else size for axis, size in sizes)
+    return resized

@@ -1,0 +1,70 @@
+"""What is asked of a conversion, checked as far as no model is needed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphgbp import contract, heads
+from graphgbp.errors import RequestError
+from graphgbp.score import SCORES
+
+DEFAULT_METHODS = (contract.GUIDED_GRADCAM, contract.GRADCAM, contract.GUIDED_BACKPROP)
+TARGETS = ("required", "optional", "weights", "cotangent")
+RECTIFIERS = ("relu", "all")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a conversion, as `convert` takes it. `inputs` is None for every float input."""
+
+    methods: tuple[str, ...]
+    target_layers: tuple[str, ...]
+    aggregate: str | None
+    score: str
+    target: str
+    target_tensor: str | None
+    rectifiers: str
+    interpolate_mode: str
+    relu_attributions: bool
+    inputs: tuple[str, ...] | None
+    output: str | None
+
+    def __post_init__(self) -> None:
+        unknown = [method for method in self.methods if method not in contract.METHODS]
+        if unknown or not self.methods:
+            raise RequestError(
+                f"unknown method {', '.join(map(repr, unknown)) or '(none given)'}; "
+                f"choose among {', '.join(contract.METHODS)}"
+            )
+        for name, choices in (("score", SCORES), ("target", TARGETS), ("rectifiers", RECTIFIERS)):
+            _one_of(name, getattr(self, name), choices)
+        _one_of("interpolate_mode", self.interpolate_mode, tuple(heads.INTERPOLATE_MODES))
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        if self.target_layers != (AUTO,) and not self.needs_layer:
+            raise RequestError(
+                f"target_layer={', '.join(map(repr, self.target_layers))} is where Grad-CAM is taken, and none of "
+                f"{', '.join(self.methods)} is one; leave it out, or ask for gradcam or guided_gradcam"
+            )
+        if self.aggregate not in (None, "mean"):
+            raise RequestError(f"aggregate={self.aggregate!r} is unknown; choose 'mean', or leave it out")
+        if self.aggregate and not self.needs_layer:
+            raise RequestError("aggregate averages Grad-CAM over layers; ask for gradcam or guided_gradcam")
+        if self.aggregate and not self.relu_attributions:
+            raise RequestError("aggregate='mean' averages rectified maps; leave relu_attributions=False out")
+        if self.target_tensor is not None and self.output is not None:
+            raise RequestError("target_tensor and output name two things to explain; leave one out")
+        if self.target in ("weights", "cotangent") and self.target_tensor is not None:
+            raise RequestError(f"a neuron is named by class and position; leave target={self.target!r} out")
+        if self.score != "auto" and (self.target == "cotangent" or self.target_tensor is not None):
+            raise RequestError(f"score={self.score!r} means the classes of an output; leave it out")
+
+    @property
+    def needs_layer(self) -> bool:
+        return any(method in contract.LAYER_METHODS for method in self.methods)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise RequestError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
