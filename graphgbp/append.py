@@ -7,6 +7,7 @@ import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
 from graphgbp import model_file
+from graphgbp.contract import RECOMPUTED
 from graphgbp.emit import Emitter, elem_type
 from graphgbp.errors import GraphgbpError
 from graphgbp.model_file import tensor_names
@@ -32,6 +33,7 @@ def append(
 ) -> None:
     """Add new inputs, outputs and the nodes the outputs need, emitted or recomputed, to `model`, in place."""
     there = tensor_names(model)
+    recomputed = {id(node) for node in view.recomputed}
     nodes = _live([*view.recomputed, *g.nodes], outputs, there)
     read = {tensor.name: tensor for node in nodes for tensor in node.inputs}
     graph = model.graph
@@ -43,7 +45,10 @@ def append(
             graph.initializer.append(value)
         else:
             graph.node.append(helper.make_node("Constant", [], [constant.name], constant.name, value=value))
-    graph.node.extend(node_proto(node) for node in nodes)
+    for node in nodes:
+        proto = node_proto(node)
+        proto.name = f"{RECOMPUTED}/{node.name}" if id(node) in recomputed else node.name
+        graph.node.append(proto)
     graph.input.extend(_value_info(tensor) for tensor in inputs)
     graph.output.extend(_value_info(tensor) for tensor in outputs)
 

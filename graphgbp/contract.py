@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCOPE = "graphgbp"
+RECOMPUTED = f"{SCOPE}/recomputed"  # tensors of functions and branches that the main graph cannot read
 TARGET = "target"
 TARGET_MASK = "target_mask"
 TARGET_POSITION = "target_position"

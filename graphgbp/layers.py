@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from graphgbp.backward import RuleFor, active_nodes, is_float, varied_tensors
+from graphgbp.contract import RECOMPUTED
 from graphgbp.errors import RequestError
 from graphgbp.nodes import input_names, label
 from graphgbp.prepare import View
@@ -180,12 +181,10 @@ def _last(layers: Sequence[Layer]) -> Layer:
 
 def find_tensor(view: View, name: str, layers: Sequence[Layer] = ()) -> gs.Tensor:
     """The tensor of that name, or the first output of the node of that name; RequestError where there is none."""
-    if name in view.tensors:
-        return view.tensors[name]
-    by_node = {node.name: node for node in view.graph.nodes if node.name and node.outputs}
-    if name in by_node:
-        return by_node[name].outputs[0]
-    near = difflib.get_close_matches(name, [*view.tensors, *by_node], n=4, cutoff=0.5)
+    for names, key in ((view.tensors, name), (view.named, name), (view.tensors, f"{RECOMPUTED}/{name}")):
+        if key in names:
+            return names[key]
+    near = difflib.get_close_matches(name, [*view.tensors, *view.named], n=4, cutoff=0.5)
     hint = f"near matches: {', '.join(near)}" if near else _advice(layers)
     raise RequestError(f"the model has no tensor or node named '{name}'; {hint}")
 

@@ -56,7 +56,7 @@ def external_locations(model: onnx.ModelProto) -> list[str]:
     """The files, relative to the model's folder, that hold its weights; in order of first use."""
     found = {
         entry.value: None
-        for tensor in _tensors(model.graph)
+        for tensor in _tensors(model)
         if uses_external_data(tensor)
         for entry in tensor.external_data
         if entry.key == "location"
@@ -64,9 +64,9 @@ def external_locations(model: onnx.ModelProto) -> list[str]:
     return list(found)
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for attribute in _attributes(graph.node):
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from model.graph.initializer
+    for attribute in _attributes_of(model):
         yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
         for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
             yield from inner.initializer
@@ -96,7 +96,7 @@ def with_small_weights(model: onnx.ModelProto, folder: Path | None, limit: int) 
         )
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    for tensor in _tensors(copy.graph):
+    for tensor in _tensors(copy):
         if uses_external_data(tensor) and math.prod(tensor.dims) <= limit:
             try:
                 load_external_data_for_tensor(tensor, str(folder))

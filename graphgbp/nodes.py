@@ -1,6 +1,8 @@
 """Reading nodes of an onnx_graphsurgeon graph: their names, their order, what they read, their ONNX form."""
 
 from collections import deque
+from collections.abc import Container
+from itertools import count
 from typing import Any
 
 import onnx
@@ -49,6 +51,11 @@ def input_names(node: gs.Node) -> set[str]:
 def label(node: gs.Node) -> str:
     """A node's name, or its first output's where it has none."""
     return node.name or next((output.name for output in node.outputs if output.name), node.op)
+
+
+def free_path(stem: str, taken: Container[str]) -> str:
+    """A path for what is inside a call or an If: its name, or the name and a number where that is taken."""
+    return next(path for n in count(1) if (path := f"{stem}_{n}" if n > 1 else stem) not in taken)
 
 
 def node_proto(node: gs.Node) -> onnx.NodeProto:

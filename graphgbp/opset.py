@@ -24,6 +24,7 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 from graphgbp.contract import SCOPE
 from graphgbp.equivalence import Feeds, RunError, difference, one_line, run, run_on_random_input
 from graphgbp.errors import MissingWeightsError, OpsetError
+from graphgbp.functions import spell_out_defaults
 from graphgbp.prepare import skeleton
 
 RAISED_TO = 16
@@ -50,6 +51,7 @@ def raise_opset(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.Model
     if source is None or source >= RAISED_TO:
         return model, None
     bare, weights = _without_weights(model, folder)
+    spell_out_defaults(bare)
     mended = [f"function '{function.domain}::{function.name}': inlined" for function in bare.functions]
     try:
         inlined = inliner.inline_local_functions(bare, convert_version=True) if bare.functions else bare

@@ -20,8 +20,9 @@ from onnx import helper, shape_inference
 from graphgbp.branches import fixed_names, inline, taken_branch
 from graphgbp.emit import elem_type, type_of
 from graphgbp.errors import ModelFileError
+from graphgbp.functions import see_through_functions
 from graphgbp.model_file import tensor_names, with_readable_text, with_small_weights
-from graphgbp.nodes import label, node_proto, topological_order
+from graphgbp.nodes import free_path, label, node_proto, topological_order
 from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
 from graphgbp.weights import read_weights_from
 
@@ -40,14 +41,16 @@ _RANDOM = {
 class View:
     """The model as rules read it. `graph.nodes[:]` is in topological order.
 
-    `recomputed` are the nodes among them that the model does not show in its main graph (a taken branch of an If): what
-    a gradient reads of them is computed again.
+    `recomputed` are the nodes among them that the model does not show in its main graph (a taken branch of an If, the
+    body of a local function): what a gradient reads of them is computed again. `named` is the first output of every
+    node, of the calls and Ifs seen through as well, by the node's name.
     """
 
     graph: gs.Graph
     opsets: dict[str, int]
     tensors: dict[str, gs.Tensor]
     recomputed: list[gs.Node]
+    named: dict[str, gs.Tensor]
 
     @property
     def opset(self) -> int:
@@ -60,16 +63,21 @@ def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
     `folder` holds the model's external data, where it has any.
     """
     model = with_readable_text(with_small_weights(model, folder, _FOLD_LIMIT))
-    graph = gs.import_onnx(model)
+    seen, calls = see_through_functions(model)
+    graph = gs.import_onnx(seen)
     if folder is not None:
         read_weights_from(folder, graph)
     opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     graph.nodes[:] = topological_order(graph)
     _refuse_undefined(graph)
-    view = View(graph, opsets, {}, [])
+    view = View(graph, opsets, {}, [], {})
     _read_constants(graph.nodes)
-    _infer(view, model)
+    branches = _infer(view, model, seen)
+    there = tensor_names(model)
+    view.recomputed = [node for node in graph.nodes if any(y.name and y.name not in there for y in node.outputs)]
     view.tensors = {tensor.name: tensor for tensor in _tensors(graph)}
+    view.named = {path: view.tensors[name] for path, name in {**calls, **branches}.items() if name in view.tensors}
+    view.named.update({node.name: node.outputs[0] for node in reversed(graph.nodes) if node.name and node.outputs})
     for node in graph.nodes:
         _fill_defaults(node, opsets)
     return view
@@ -134,29 +142,40 @@ def _fix(tensor: gs.Tensor, value: np.ndarray | np.generic) -> None:
     tensor.to_constant(np.asarray(value))
 
 
-def _infer(view: View, model: onnx.ModelProto) -> None:
-    """Type every tensor in order and fold what depends on constants alone. Only inputs' declared shapes count."""
-    known = _whole_graph_types(model)
+def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto) -> dict[str, str]:
+    """Type every tensor in order and fold what depends on constants alone. Only inputs' declared shapes count.
+
+    An If that this settles is replaced by its branch; what comes back is the first output of each by its path.
+    """
+    known = _whole_graph_types(seen)
     for tensor in view.graph.inputs:
         if tensor.shape is not None:
             tensor.shape = _sizes_as_declared(tensor)
-    outer, fixed = tensor_names(model), fixed_names(model)
+    outer, fixed = tensor_names(seen), fixed_names(model)
     waiting, done = deque(view.graph.nodes), []
-    inlined: set[int] = set()
+    settled: dict[str, str] = {}
     while waiting:
         node = waiting.popleft()
         branch = taken_branch(node, fixed)
-        if branch is not None:
-            nodes = inline(node, branch, outer)
-            _read_constants(nodes)
-            inlined.update(map(id, nodes))
-            waiting.extendleft(reversed(nodes))
+        if branch is None:
+            done.append(node)
+            _settle_cast(node)
+            _type_outputs(node, view.opsets, known)
+            _fold(node, view.opsets)
             continue
-        done.append(node)
-        _type_outputs(node, view.opsets, known)
-        _fold(node, view.opsets)
+        path = free_path(label(node), settled)
+        settled[path] = node.outputs[0].name
+        nodes = inline(node, branch, outer, path)
+        _read_constants(nodes)
+        waiting.extendleft(reversed(nodes))
     view.graph.nodes[:] = done
-    view.recomputed = [node for node in done if id(node) in inlined]
+    return settled
+
+
+def _settle_cast(node: gs.Node) -> None:
+    """A CastLike reads nothing of its second input but its type: a Cast."""
+    if node.op == "CastLike" and node.domain in (None, "", "ai.onnx") and node.inputs[1].dtype is not None:
+        node.op, node.attrs["to"] = "Cast", elem_type(node.inputs.pop().dtype)
 
 
 def _type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType]) -> None:

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 
 import graphgbp
 from graphgbp import contract
+from graphgbp.contract import RECOMPUTED
 from tests.build import drawn, model, small_cnn
 from tests.kernels import missing_kernels
 from tests.rules.harness import run
@@ -336,6 +337,47 @@ def test_the_taken_branch_of_a_known_condition_is_differentiated(condition):
     a = leaf.exp()
     torch.relu(-a * torch.from_numpy(drawn(3)) if condition else a.sigmoid() ** 2).backward(torch.from_numpy(dy))
     np.testing.assert_allclose(got, leaf.grad.numpy(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_layer_can_be_named_by_its_if():
+    """What the If gives out is read where it is, not computed again."""
+    nodes = [
+        "a = Conv(x, w)",
+        "c = If(k) <then_branch = t () => (r) { b = Conv (a, v)  r = Relu (b) }, "
+        "else_branch = o () => (e) { e = Abs (a) }>",
+        "y = GlobalAveragePool(c)",
+    ]
+    weights = {"k": np.array(True), "w": drawn(4, 3, 3, 3), "v": drawn(5, 4, 3, 3, seed=1)}
+    made = model(nodes, {"x": (2, 3, 8, 8)}, ["y"], weights)
+    made.graph.node[1].name = "chosen"
+    plain = model(["a = Conv(x, w)", "b = Conv(a, v)", "c = Relu(b)", nodes[-1]], {"x": (2, 3, 8, 8)}, ["y"], weights)
+    feeds = {"x": drawn(2, 3, 8, 8, seed=2), "target": np.array([1])}
+    explained = graphgbp.convert(made, ["gradcam", "saliency"], target_layer="chosen")
+    assert not [node for node in explained.graph.node if node.name.startswith(RECOMPUTED)]
+    got, expected = run(explained, feeds), run(graphgbp.convert(plain, ["gradcam", "saliency"]), feeds)
+    for name in ("saliency", "gradcam", "gradcam_features", "gradcam_gradients"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-6)
+    inside = run(graphgbp.convert(made, ["gradcam"], target_layer="chosen/b"), feeds)
+    np.testing.assert_allclose(np.maximum(inside["gradcam_features"], 0), got["gradcam_features"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_branch_gives_out_what_takes_an_identity():
+    """A constant, one tensor twice, one of several that a node makes."""
+    branch = (
+        "b, c, d, e = If(k) <then_branch = t () => (two, m, m, p) "
+        "{ two = Identity (f)  m = Exp (a)  p, q = Split<axis=1, num_outputs=2> (m) }, "
+        "else_branch = o () => (n, n, n, n) { n = Abs (a) }>"
+    )
+    nodes = ["a = Sin(x)", branch, "s = Mul(c, d)", "r = Mul(b, s)", "z = Concat<axis=1>(r, e)", "y = Tanh(z)"]
+    made = model(nodes, {"x": (2, 4)}, ["y"], {"k": np.array(True), "f": np.float32([2])})
+    x, dy = drawn(2, 4, seed=1), drawn(2, 6, seed=2)
+    got = run(graphgbp.vjp(made), {"x": x, "y_grad": dy})
+    leaf = torch.from_numpy(x).requires_grad_()
+    e = leaf.sin().exp()
+    y = torch.cat([2 * e * e, e[:, :2]], 1).tanh()
+    y.backward(torch.from_numpy(dy))
+    np.testing.assert_allclose(got["y"], y.detach().numpy(), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(got["x_grad"], leaf.grad.numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_known_branch_within_a_known_branch():

@@ -12,7 +12,7 @@ FLOORS = [
     ["files"],
     ["emit", "registry", "model_file"],
     ["masks", "nodes", "weights"],
-    ["rules", "branches"],
+    ["rules", "branches", "functions"],
     ["prepare", "equivalence"],
     ["opset", "backward", "rectifiers", "append"],
     ["policies", "image", "source"],

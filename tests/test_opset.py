@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx import TensorProto, helper, numpy_helper, parser, version_converter
 from onnx.external_data_helper import convert_model_to_external_data
 
 from graphgbp import opset
@@ -271,6 +271,19 @@ def test_local_functions_are_inlined(version):
     assert not raised.functions
     assert record["mended"][0] == "function 'local::Twist': inlined"
     assert len([line for line in record["mended"] if line.startswith("Hardmax")]) == 2
+
+
+def test_a_functions_default_is_kept():
+    """ONNX's inliner loses it."""
+    function = parser.parse_function(
+        '<domain: "f", opset_import: ["" : 13]> act <slope: float = 0.5> (x) => (y) '
+        "{ y = LeakyRelu <alpha: float = @slope> (x) }"
+    )
+    model = build([helper.make_node("act", ["x"], ["y"], domain="f")], {"x": [2, 3]}, ["y"], 13, domains=["f"])
+    model.functions.append(function)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", F, [2, 3]))
+    x = normal(2, 3)
+    check(model, {"x": x}, np.where(x > 0, x, x / 2))
 
 
 # -- the proof ----------------------------------------------------------------------------------------------
