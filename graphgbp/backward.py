@@ -167,7 +167,9 @@ def _since(node: gs.Node, view: View) -> str:
 
 
 def is_float(tensor: gs.Tensor) -> bool:
-    """Whether the tensor holds real numbers; one of unknown type may."""
+    """Whether the tensor holds real numbers; one of unknown type may, a sequence or map does not."""
     if tensor.dtype is None:
         return True
+    if isinstance(tensor.dtype, int):  # an ONNX type that numpy has not
+        return False
     return np.issubdtype(tensor.dtype, np.floating) or np.dtype(tensor.dtype).name.startswith(("bfloat", "float"))

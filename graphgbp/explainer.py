@@ -133,16 +133,17 @@ class Explainer:
         """
         inputs = feeds.read_inputs(images, self.manifest.inputs, self._session.inputs)
         images = inputs[self.input["name"]]
-        _refuse_shared_score(self.manifest, len(images))
         session, request, classes = self._request(targets, mask, position, len(images))
         size = _fixed_batch(self.manifest) or (self._batch_size if batch_size is None else _positive(batch_size))
+        if not self.manifest.score["per_image"]:
+            size = _one_run(self.manifest, len(images))
         answers = list(self._run(session, inputs, request, len(images), size))
         roles = _joined([answer.roles for answer in answers], size)
         outputs = _joined([answer.outputs for answer in answers], size, self._perhaps_constant(session))
         return Result(
             images=images,
             target_class=roles.pop(contract.TARGET_CLASS, classes),
-            target_score=roles.pop(contract.TARGET_SCORE),
+            target_score=np.broadcast_to(roles.pop(contract.TARGET_SCORE), len(images)),
             outputs=outputs,
             maps=roles,
             manifest=self.manifest,
@@ -181,13 +182,17 @@ class Explainer:
                 for name, array in inputs.items()
             }
             target = {
-                role: _part(array, start, size, missing) if len(array) == images else array
+                role: _part(array, start, size, missing) if self._is_per_image(role) else array
                 for role, array in request.items()
             }
             answer = session.run(part, target, wanted)
             if missing:
                 answer = Answer(_first(answer.roles, missing, size), _first(answer.outputs, missing, size))
             yield answer
+
+    def _is_per_image(self, role: str) -> bool:
+        """Whether what says what is explained has a row per image: all but the cotangent of a shared output."""
+        return role != contract.TARGET_COTANGENT or bool(self.manifest.score["per_image"])
 
     def _is_batched(self, name: str) -> bool:
         """Whether the first axis of an input runs over the images."""
@@ -292,17 +297,18 @@ def _refuse_unread(session: Session, mask: Any, position: Any) -> None:
             )
 
 
-def _refuse_shared_score(manifest: Manifest, images: int) -> None:
-    """Refuse several images where the model gives them one score between them."""
+def _one_run(manifest: Manifest, images: int) -> int:
+    """How many images are run at once where all share one output. Raises where that is no explanation of each."""
     score, fixed = manifest.score, _fixed_batch(manifest) or 1
-    if score["per_image"]:
-        return
+    if manifest.target == "cotangent":
+        return max(fixed, images)
     if fixed > 1:
         raise UnsupportedError(
             f"the model gives one score '{score['tensor']}' for a fixed batch of {fixed}; export it with a batch of 1"
         )
     if images > 1:
         raise ImageError(f"the model gives one score '{score['tensor']}' for all images; explain one in each call")
+    return 1
 
 
 def _roles(methods: Sequence[str], manifest: Manifest) -> set[str]:

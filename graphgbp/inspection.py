@@ -112,5 +112,5 @@ def _layers(analysis: Analysis) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def _describe(tensor: gs.Tensor) -> dict[str, Any]:
-    kind = None if tensor.dtype is None else np.dtype(tensor.dtype).name
+    kind = None if tensor.dtype is None or isinstance(tensor.dtype, int) else np.dtype(tensor.dtype).name
     return {"name": tensor.name, "dtype": kind, "shape": None if tensor.shape is None else list(tensor.shape)}

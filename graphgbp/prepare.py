@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, shape_inference
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from graphgbp.branches import fixed_names, inline, taken_branch
 from graphgbp.emit import elem_type, type_of
@@ -64,7 +65,8 @@ def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
     """
     model = with_readable_text(with_small_weights(model, folder, _FOLD_LIMIT))
     seen, calls = see_through_functions(model)
-    graph = gs.import_onnx(seen)
+    with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns of what is no tensor
+        graph = gs.import_onnx(seen)
     if folder is not None:
         read_weights_from(folder, graph)
     opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}

@@ -154,7 +154,9 @@ class Session:
         binding = self._session.io_binding()
         try:
             for name, array in feeds.items():
-                value = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device.kind, self._device.index)
+                value = OrtValue.ortvalue_from_numpy(
+                    np.asarray(array, order="C"), self._device.kind, self._device.index
+                )
                 binding.bind_ortvalue_input(name, value)
             for name in names:
                 binding.bind_output(name, "cpu")

@@ -18,13 +18,14 @@ def model(
     opset: int = 18,
     ir_version: int = 8,
     dtype: int = TensorProto.FLOAT,
+    output_types: Mapping[str, int] | None = None,
 ) -> onnx.ModelProto:
-    """A checked model with float inputs and outputs; output shapes come from ONNX's inference."""
+    """A checked model with float inputs and, unless told, outputs; output shapes come from ONNX's inference."""
     graph = helper.make_graph(
         [parser.parse_node(node) for node in nodes],
         "small",
         [helper.make_tensor_value_info(name, dtype, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info(name, dtype, None) for name in outputs],
+        [helper.make_tensor_value_info(name, (output_types or {}).get(name, dtype), None) for name in outputs],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)

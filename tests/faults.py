@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import graphgbp.rules
-from graphgbp import backward, contract, conversion, heads, layers, masks, policies, rectifiers, registry, target
+from graphgbp import backward, contract, heads, layers, maps, masks, policies, rectifiers, registry, score, target
 from graphgbp.emit import Emitter
 from graphgbp.errors import RequestError
 from graphgbp.registry import Key, Rule
@@ -166,12 +166,12 @@ def _positive_seed(original: Callable[..., target.Seed]) -> Callable[..., target
     return faulty
 
 
-def _probability(original: Callable[..., target.Score]) -> Callable[..., target.Score]:
-    def faulty(view: Any, kind: str = "auto", output: str | None = None) -> target.Score:
+def _probability(original: Callable[..., score.Score]) -> Callable[..., score.Score]:
+    def faulty(view: Any, reached: Any, axes: Any, kind: str = "auto", output: str | None = None) -> score.Score:
         try:
-            return original(view, "probability" if kind == "auto" else kind, output)
+            return original(view, reached, axes, "probability" if kind == "auto" else kind, output)
         except RequestError:
-            return original(view, kind, output)
+            return original(view, reached, axes, kind, output)
 
     return faulty
 
@@ -179,10 +179,10 @@ def _probability(original: Callable[..., target.Score]) -> Callable[..., target.
 def _cam_alone(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Guided Grad-CAM that is guided backpropagation alone."""
 
-    def faulty(g: Emitter, options: Any, image: Any, layer: Any, maps: Mapping[str, Any]) -> dict[str, Any]:
-        cams = original(g, options, image, layer, maps)
+    def faulty(g: Emitter, plan: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+        cams = original(g, plan, made)
         if contract.GUIDED_GRADCAM in cams:
-            cams[contract.GUIDED_GRADCAM] = g.cast(maps[contract.GUIDED_BACKPROP], np.float32)
+            cams[contract.GUIDED_GRADCAM] = g.cast(made[contract.GUIDED_BACKPROP], np.float32)
         return cams
 
     return faulty
@@ -191,10 +191,10 @@ def _cam_alone(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[st
 def _by_signed_cam(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Guided Grad-CAM times the map that is shown, rectified or not."""
 
-    def faulty(g: Emitter, options: Any, image: Any, layer: Any, maps: Mapping[str, Any]) -> dict[str, Any]:
-        cams = original(g, options, image, layer, maps)
+    def faulty(g: Emitter, plan: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+        cams = original(g, plan, made)
         if contract.GUIDED_GRADCAM in cams:
-            guided = g.cast(maps[contract.GUIDED_BACKPROP], np.float32)
+            guided = g.cast(made[contract.GUIDED_BACKPROP], np.float32)
             cams[contract.GUIDED_GRADCAM] = g.mul(guided, cams[contract.GRADCAM])
         return cams
 
@@ -213,6 +213,10 @@ def _one_earlier(original: Callable[..., Any]) -> Callable[..., Any]:
         return found[index - 1] if request == "auto" and index else chosen
 
     return faulty
+
+
+def _everywhere(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda g, *_: g.constant(np.asarray(True))
 
 
 def _never(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,9 +244,9 @@ _STEPS = [
     _fault("unbroadcast at run time times 1.05", backward, "_unbroadcast_at_run_time", _scaled),
     _fault("Grad-CAM: alpha a sum, no mean", heads, "cam", _while(Emitter, "reduce_mean", Emitter.reduce_sum)),
     _fault("Grad-CAM: mean over channels, no sum", heads, "cam", _while(Emitter, "reduce_sum", Emitter.reduce_mean)),
-    _fault("Grad-CAM: no ReLU", conversion, "_cams", _while(Emitter, "relu", _unchanged)),
-    _fault("Guided Grad-CAM: not times Grad-CAM", conversion, "_cams", _cam_alone),
-    _fault("Guided Grad-CAM: times the signed map", conversion, "_cams", _by_signed_cam),
+    _fault("Grad-CAM: no ReLU", maps, "_cams", _while(Emitter, "relu", _unchanged)),
+    _fault("Guided Grad-CAM: not times Grad-CAM", maps, "_cams", _cam_alone),
+    _fault("Guided Grad-CAM: times the signed map", maps, "_cams", _by_signed_cam),
     *(
         _fault(f"resize: {mode} {key}={value}", heads, "resize_to", _other_mode(mode, key, value))
         for mode, key, value in (
@@ -254,14 +258,14 @@ _STEPS = [
         )
     ),
     _fault("auto layer: one earlier", layers, "choose", _one_earlier),
-    _fault("score: behind the Softmax", target, "find_score", _probability),
+    _fault("score: behind the Softmax", score, "find_score", _probability),
     *(
         _fault(f"seed: {attribute} times 1.05", owner, attribute, _scaled_seed)
         for owner, attribute in (
             (target, "_class_seed"),
             (target, "_two_class_seed"),
             (target, "_sum_seed"),
-            (target, "weighted_seed"),
+            (target, "_weighted_seed"),
         )
     ),
     *(
@@ -270,9 +274,12 @@ _STEPS = [
             (target, "_class_seed"),
             (target, "_two_class_seed"),
             (target, "_sum_seed"),
-            (target, "weighted_seed"),
+            (target, "_weighted_seed"),
         )
     ),
+    _fault("seed: the mask times 1.05", target, "_pixel_weights", _scaled),
+    _fault("seed: every position of a neuron", target, "_at_positions", _everywhere),
+    _fault("Grad-CAM of several layers: not normalised", heads, "_normalised", lambda _: lambda g, cam: cam),
     _fault("seed: class 0 of two has S = z", target, "_two_class_seed", _positive_seed),
     _fault("rectifiers: the gate of a HardSigmoid is one", rectifiers, "_is_gate", lambda _: lambda *_: False),
     *(_fault(f"rectifiers: {op} is none", rectifiers._RECTIFIERS, op, _never) for op in sorted(rectifiers._RECTIFIERS)),
