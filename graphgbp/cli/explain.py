@@ -33,7 +33,14 @@ FALLBACK = "unit"
 )
 @click.option("--top", type=click.IntRange(1), metavar="K", help="Explain the K highest classes of each image.")
 @console.methods_option
-@click.option("--layer", metavar="NAME", help="Where Grad-CAM is taken: a tensor, a node, or auto.")
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="NAME",
+    help="Where Grad-CAM is taken: a tensor, a node, or auto; may be repeated.",
+)
+@click.option("--output-name", metavar="NAME", help="The output to explain, where `inspect` names another.")
 @click.option(
     "--preprocess",
     metavar="RECIPE",
@@ -91,14 +98,14 @@ def _prepare(model: str, options: dict[str, Any]) -> Job:
     from graphgbp.explainer import Explainer
     from graphgbp.recipe import ImageInput
 
-    layer = {} if options["layer"] is None else {"target_layer": options["layer"]}
+    asked = {"target_layer": options["layers"] or None, "output": options["output_name"]}
     with console.progress(f"converting {model}"):
         explainer = Explainer(
             model,
             options["methods"] or None,
             device=options["device"],
             batch_size=options["batch_size"],
-            **layer,
+            **{key: value for key, value in asked.items() if value is not None},
         )
     spec = ImageInput.of(explainer.input)
     recipe, preprocessing = _recipe(model, options["preprocess"], spec)
