@@ -18,8 +18,12 @@ def explain(
     methods: Sequence[str] = contract.METHODS,
     **options: Any,
 ) -> dict[str, np.ndarray]:
-    """Every output of the converted model for the input `image`."""
-    return run(graphgbp.convert(model, methods, **options), {"image": images, "target": targets})
+    """Every output of the converted model for the input `image`; of a segmentation, every pixel counts."""
+    explained = graphgbp.convert(model, methods, **options)
+    feeds = {"image": images, "target": targets}
+    if explained.graph.input[-1].name == contract.TARGET_MASK:
+        feeds[contract.TARGET_MASK] = np.ones((1, 1, 1), np.float32)
+    return run(explained, feeds)
 
 
 def relative_l2(got: np.ndarray, expected: np.ndarray) -> float:
