@@ -12,8 +12,9 @@ from graphgbp.errors import RequestError
 from graphgbp.image import Image, find_images
 from graphgbp.layers import Layer
 from graphgbp.prepare import View
-from graphgbp.rectifiers import Rectifier, find_rectifiers, find_smooth
+from graphgbp.rectifiers import Activations, find_activations
 from graphgbp.score import Score
+from graphgbp.smooth import Activation
 
 
 class Analysis:
@@ -77,12 +78,16 @@ class Analysis:
         return gaps(self.view, self.active, self.image_names, [self.score.tensor.name], self.rule_for)
 
     @cached_property
-    def rectifiers(self) -> list[Rectifier]:
-        return find_rectifiers(self.active)
+    def activations(self) -> Activations:
+        return find_activations(self.active)
 
-    @cached_property
-    def smooth(self) -> list[Rectifier]:
-        return find_smooth(self.active)
+    @property
+    def rectifiers(self) -> list[Activation]:
+        return self.activations.rectifiers
+
+    @property
+    def smooth(self) -> list[Activation]:
+        return self.activations.smooth
 
     @cached_property
     def layers(self) -> list[Layer]:

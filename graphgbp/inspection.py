@@ -21,7 +21,9 @@ class Inspection:
     """What a conversion would find; every field is plain data.
 
     `problems` says in words what stands in the way (no float input, an ambiguous score, ...); `gaps` lists the nodes
-    on the path that have no derivative rule. Both empty: the model can be explained.
+    on the path that have no derivative rule. Both empty: the model can be explained. `rectifiers` are masked by the
+    guided rule, `passed_through` (smooth and leaky activations) only where that is asked for, `not_rectifiers` never:
+    they only look like it; each with its reason.
     """
 
     file: str | None
@@ -36,6 +38,7 @@ class Inspection:
     layers: list[dict[str, Any]]
     rectifiers: list[dict[str, str]]
     passed_through: list[dict[str, str]]
+    not_rectifiers: list[dict[str, str]]
     gaps: list[dict[str, str]]
     problems: list[str]
     converted: dict[str, Any] | None
@@ -61,8 +64,8 @@ def inspect(model: ModelLike) -> Inspection:
     view = prepare(ours, weights_folder(model))
     findings = _findings(view) if manifest is None else {}
     empty: dict[str, Any] = {
-        "explained": [], "score": None, "layers": [], "rectifiers": [], "passed_through": [], "gaps": [],
-        "problems": [],
+        "explained": [], "score": None, "layers": [], "rectifiers": [], "passed_through": [], "not_rectifiers": [],
+        "gaps": [], "problems": [],
     }  # fmt: skip
     return Inspection(
         file=str(path) if path else None,
@@ -89,6 +92,7 @@ def _findings(view: View) -> dict[str, Any]:
         "layers": layers,
         "rectifiers": [rectifier.describe() for rectifier in analysis.rectifiers],
         "passed_through": [activation.describe() for activation in analysis.smooth],
+        "not_rectifiers": [found.describe() for found in analysis.activations.look_alikes],
         "gaps": [
             {
                 "node": label(gap.node),

@@ -21,7 +21,7 @@ def where_positive(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
 
     The steep mask lets only a part through at a subnormal x > 0 (below 1.2e-38), which many kernels flush to 0.
     """
-    if x.dtype == np.float32:
+    if x.dtype == dy.dtype == np.float32:
         return g.mul(dy, g.op("HardSigmoid", x, alpha=_STEEP, beta=0.0))
     return keep(g, dy, g.greater(x, g.like(x, 0)))
 

@@ -13,21 +13,23 @@ import onnx_graphsurgeon as gs
 from graphgbp import masks
 from graphgbp.backward import RuleFor
 from graphgbp.emit import Emitter
-from graphgbp.rectifiers import Rectifier
 from graphgbp.registry import Cotangent, Entry, Rule
+from graphgbp.smooth import Activation
 
 
-def guided(rule_for: RuleFor, rectifiers: Iterable[Rectifier]) -> RuleFor:
+def guided(rule_for: RuleFor, rectifiers: Iterable[Activation]) -> RuleFor:
     """The rule table with guided backpropagation at the rectifiers."""
     return _overlay(rule_for, rectifiers, _guided)
 
 
-def deconvnet(rule_for: RuleFor, rectifiers: Iterable[Rectifier]) -> RuleFor:
+def deconvnet(rule_for: RuleFor, rectifiers: Iterable[Activation]) -> RuleFor:
     """The rule table with the deconvnet's rule at the rectifiers."""
     return _overlay(rule_for, rectifiers, _deconvnet)
 
 
-def _overlay(rule_for: RuleFor, rectifiers: Iterable[Rectifier], policy: Callable[[Rule, Rectifier], Rule]) -> RuleFor:
+def _overlay(
+    rule_for: RuleFor, rectifiers: Iterable[Activation], policy: Callable[[Rule, Activation], Rule]
+) -> RuleFor:
     found = {rectifier.node.outputs[0].name: rectifier for rectifier in rectifiers}
 
     def overlaid(node: gs.Node) -> Entry | None:
@@ -38,7 +40,7 @@ def _overlay(rule_for: RuleFor, rectifiers: Iterable[Rectifier], policy: Callabl
     return overlaid
 
 
-def _guided(rule: Rule, rectifier: Rectifier) -> Rule:
+def _guided(rule: Rule, rectifier: Activation) -> Rule:
     def vjp(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
         answers = [_made(answer) for answer in rule.vjp(g, node, g.relu(dy))]
         if rectifier.vanishes:
@@ -48,10 +50,11 @@ def _guided(rule: Rule, rectifier: Rectifier) -> Rule:
     return replace(rule, vjp=vjp)
 
 
-def _deconvnet(rule: Rule, rectifier: Rectifier) -> Rule:
+def _deconvnet(rule: Rule, rectifier: Activation) -> Rule:
     def vjp(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
         positions = range(len(node.inputs)) if rule.wrt is None else rule.wrt
-        return [g.relu(dy) if index == rectifier.input else lambda: g.zeros_like(dy) for index in positions]
+        x = rectifier.x.name
+        return [g.relu(dy) if node.inputs[index].name == x else lambda: g.zeros_like(dy) for index in positions]
 
     return replace(rule, vjp=vjp)
 

@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 
 import graphgbp.rules
-from graphgbp import backward, contract, heads, layers, maps, masks, policies, rectifiers, registry, score, target
+from graphgbp import (
+    backward,
+    contract,
+    heads,
+    layers,
+    maps,
+    masks,
+    policies,
+    rectifiers,
+    registry,
+    score,
+    smooth,
+    target,
+)
 from graphgbp.emit import Emitter
 from graphgbp.errors import RequestError
 from graphgbp.registry import Key, Rule
@@ -281,7 +294,7 @@ _STEPS = [
     _fault("seed: every position of a neuron", target, "_at_positions", _everywhere),
     _fault("Grad-CAM of several layers: not normalised", heads, "_normalised", lambda _: lambda g, cam: cam),
     _fault("seed: class 0 of two has S = z", target, "_two_class_seed", _positive_seed),
-    _fault("rectifiers: the gate of a HardSigmoid is one", rectifiers, "_is_gate", lambda _: lambda *_: False),
-    *(_fault(f"rectifiers: {op} is none", rectifiers._RECTIFIERS, op, _never) for op in sorted(rectifiers._RECTIFIERS)),
-    *(_fault(f"smooth activations: {op} is none", rectifiers._SMOOTH, op, _never) for op in sorted(rectifiers._SMOOTH)),
+    _fault("rectifiers: the gate of a HardSigmoid is one", rectifiers, "hard_gate", lambda _: _never),
+    *(_fault(f"rectifiers: {op} is none", rectifiers._FINDERS, op, _never) for op in sorted(rectifiers._FINDERS)),
+    *(_fault(f"smooth activations: {op} is none", smooth._FINDERS, op, _never) for op in sorted(smooth._FINDERS)),
 ]

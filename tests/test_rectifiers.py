@@ -1,11 +1,13 @@
 """Relu is found in any clothing, and what only looks like one is left alone."""
 
+import json
+
 import numpy as np
 import pytest
 
 import graphgbp
 from graphgbp.prepare import prepare
-from graphgbp.rectifiers import find_rectifiers, find_smooth
+from graphgbp.rectifiers import find_activations
 from tests.build import drawn, model
 from tests.rules.harness import run
 
@@ -14,9 +16,9 @@ ZERO |= {"one": np.float32(1), "zeros": np.zeros((1, 3, 1), np.float32), "sixth"
 ZERO |= {"root": np.float32(2**0.5)}
 
 
-def found(nodes, finder=find_rectifiers, opset=18):
+def found(nodes, kind="rectifiers", opset=18):
     view = prepare(model(nodes, {"x": ("N", 3, 4)}, ["y"], ZERO, opset=opset))
-    return [(rectifier.node.op, rectifier.x.name) for rectifier in finder(view.graph.nodes)]
+    return [(each.node.op, each.x.name) for each in getattr(find_activations(view.graph.nodes), kind)]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,79 @@ def test_look_alikes_are_none(nodes):
     assert found(nodes) == []
 
 
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        (["y = Clip(x, half, six)"], "its lower bound is 0.5, not 0"),
+        (["y = Clip(x, , six)"], "it has no lower bound"),
+        (["m = ReduceMax(x)", "y = Clip(x, m)"], "its bounds are known only at run time"),
+        (["y = Max(x, half)"], "its lower bound is 0.5, not 0"),
+        (["c = Less(x, zero)", "y = Where(c, x, zero)"], "it keeps x below 0"),
+        (["c = Greater(x, zero)", "y = Where(c, x, half)"], "what it gives below 0 is not 0"),
+        (["c = Less(x, zero)", "f = Cast<to=1>(c)", "y = Mul(x, f)"], "it keeps x where x < 0"),
+        (["s = Add(x, three)", "h = Clip(s, zero, six)", "y = Div(h, six)"], "the gate of a HardSigmoid or HardSwish"),
+        (["s = Add(x, three)", "m = Max(s, zero)", "h = Min(m, six)", "y = Div(h, six)"], "the gate of a HardSigmoid"),
+        (["v = Max(x, zero)", "e = Add(v, half)", "y = Sqrt(e)"], "only a square root reads it"),
+        (
+            ["p = Relu(x)", "n = Neg(x)", "r = Relu(n)", "s = Mul(r, half)", "y = Sub(p, s)"],
+            "part of max(x, 0) + f(min(x, 0)) at 'y'",
+        ),
+        (
+            ["p = Max(x, zero)", "b = Abs(x)", "n = Neg(b)", "e = Exp(n)", "l = Add(e, one)", "g = Log(l)",
+             "s = Add(p, g)", "t = Tanh(s)", "y = Mul(x, t)"],
+            "part of x * Tanh(Softplus)(x) at 'y'",
+        ),
+    ],
+)  # fmt: skip
+def test_look_alikes_are_left_alone_for_a_reason(nodes, reason):
+    activations = find_activations(prepare(model(nodes, {"x": ("N", 3, 4)}, ["y"], ZERO)).graph.nodes)
+    assert not activations.rectifiers
+    assert reason in activations.look_alikes[0].reason
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        ["n = Neg(zero)", "y = Max(x, n)"],
+        ["z = Cast<to=10>(zero)", "k = Cast<to=1>(z)", "y = Clip(x, k)"],
+        ["i = Identity(x)", "k = Cast<to=11>(i)", "l = Cast<to=1>(k)", "c = Greater(l, zero)", "y = Where(c, x, zero)"],
+        ["o = Identity(zeros)", "j = Identity(x)", "m = Max(j, o)", "y = Identity(m)"],
+        ["k = Cast<to=11>(wide)", "l = Cast<to=1>(k)", "y = Max(x, l)"],
+        ["c = Greater(x, zero)", "n = Not(c)", "y = Where(n, zero, x)"],
+        ["y = Clip(x, zero, huge)"],
+    ],
+)
+def test_zero_and_x_by_another_way(nodes):
+    weights = ZERO | {"wide": np.zeros((400, 3, 4), np.float32), "huge": np.finfo(np.float32).max}
+    view = prepare(model(nodes, {"x": ("N", 3, 4)}, ["y"], weights))
+    assert [each.x.name for each in find_activations(view.graph.nodes).rectifiers] in (["x"], ["j"])
+
+
+def test_a_relu_that_is_read_elsewhere_too_is_one():
+    nodes = ["p = Relu(x)", "n = Neg(x)", "r = Relu(n)", "s = Mul(r, half)", "d = Sub(p, s)", "y = Add(d, p)"]
+    assert [name for _, name in found(nodes)] == ["x", "n"]
+
+
+def test_every_activation_has_its_reason():
+    nodes = ["a = Relu(b)", "s = Add(a, three)", "c = Clip(s, zero, six)", "m = Mul(a, c)", "h = Div(m, six)"]
+    weights = ZERO | {"w": drawn(4, 5), "k": drawn(5, 5, seed=1)}
+    made = model(["b = MatMul(x, w)", *nodes, "y = MatMul(h, k)"], {"x": ("N", 4)}, ["y"], weights)
+    told = graphgbp.inspect(made)
+    assert [(each["node"], each["clothing"], each["reason"]) for each in told.rectifiers] == [
+        ("a", "Relu", "ONNX's ReLU")
+    ]
+    (gate,) = told.not_rectifiers
+    assert gate == {
+        "node": "c",
+        "tensor": "c",
+        "clothing": "Clip(x, 0, 6)",
+        "reason": "x + 3 between 0 and 6, scaled: the gate of a HardSigmoid or HardSwish",
+    }
+    assert [each["reason"] for each in told.passed_through] == ["HardSwish, written as x times its gate"]
+    manifest = json.loads(graphgbp.convert(made, ["guided_backprop"]).metadata_props[-1].value)
+    assert manifest["rectifiers"] == told.rectifiers and manifest["passed_through"] == told.passed_through
+
+
 def test_a_shifted_relu6_that_nothing_scales_is_a_rectifier():
     assert found(["s = Add(x, three)", "h = Clip(s, zero, six)", "y = Sqrt(h)"]) == [("Clip", "s")]
 
@@ -109,12 +184,12 @@ def test_a_maximum_that_not_only_a_root_reads_is_a_rectifier(readers):
     ],
 )
 def test_smooth_activations(nodes, expected):
-    assert found(nodes, find_smooth) == expected
+    assert found(nodes, "smooth") == expected
 
 
 @pytest.mark.parametrize("call", ["Elu(x)", "Selu(x)", "Celu(x)", "PRelu(x, half)", "Gelu(x)", "Mish(x)", "Swish(x)"])
 def test_smooth_activations_that_are_one_operator(call):
-    assert found([f"y = {call}"], find_smooth, opset=24) == [(call.partition("(")[0], "x")]
+    assert found([f"y = {call}"], "smooth", opset=24) == [(call.partition("(")[0], "x")]
 
 
 HARD_SWISH = {

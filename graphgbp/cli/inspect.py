@@ -28,6 +28,8 @@ def inspect(model: str, as_json: bool) -> None:
     console.print_facts(list(_facts(found)))
     if found.layers:
         console.show(_layer_table(found.layers))
+    if found.rectifiers or found.not_rectifiers:
+        console.show(_rectifier_table(found))
     if found.gaps:
         console.show(_rows("Operators without a rule", ("node", "op", "domain", "reason"), found.gaps))
     if not found.converted:
@@ -79,6 +81,25 @@ def _layer_table(layers: list[dict[str, Any]]) -> Any:
         style = "bold" if layer["chosen"] else None
         table.add_row(mark, layer["tensor"], layer["node"], layer["op"], shape, style=style)
     return table
+
+
+def _rectifier_table(found: "Inspection") -> Any:
+    """Each kind once, with how many there are; masked ones first."""
+    from collections import Counter
+
+    table = console.table(
+        "", "count", "written as", "because", title="Rectifiers, and what only looks like one (each: --json)"
+    )
+    for masked, activations in (("masked", found.rectifiers), ("not masked", found.not_rectifiers)):
+        kinds = Counter((activation["clothing"], _kind_of_reason(activation["reason"])) for activation in activations)
+        for (clothing, reason), count in kinds.most_common():
+            table.add_row(masked, str(count), clothing, reason)
+    return table
+
+
+def _kind_of_reason(reason: str) -> str:
+    """The reason without the node it names."""
+    return reason.partition(" at '")[0]
 
 
 def _rows(title: str, keys: tuple[str, ...], rows: list[dict[str, str]]) -> Any:

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import onnx
 import pytest
 
@@ -16,6 +17,15 @@ def test_says_what_can_be_explained(run, folder):
     chosen = [line for line in result.stdout.splitlines() if line.startswith(" *")]
     assert len(chosen) == 1 and " r2 " in chosen[0]
     assert not [line for line in result.stdout.splitlines() if line != line.rstrip()]
+
+
+def test_rectifiers_and_look_alikes_are_told_with_their_reason(run, folder):
+    nodes = ["a = Relu(x)", "s = Add(a, three)", "c = Clip(s, zero, six)", "m = Mul(a, c)", "y = ReduceMean(m, axes)"]
+    weights = {"three": np.float32(3), "zero": np.float32(0), "six": np.float32(6), "axes": np.array([2, 3])}
+    onnx.save(model(nodes, {"x": ["N", 4, 3, 3]}, ["y"], weights), folder / "gate.onnx")
+    lines = [" ".join(line.split()) for line in run("inspect", "gate.onnx").stdout.splitlines()]
+    assert "masked 1 Relu ONNX's ReLU" in lines
+    assert "not masked 1 Clip(x, 0, 6) x + 3 between 0 and 6, scaled: the gate of a HardSigmoid or HardSwish" in lines
 
 
 def test_json_is_the_inspection(run, folder):
