@@ -6,11 +6,12 @@ from functools import cached_property, partial
 import onnx_graphsurgeon as gs
 
 import graphgbp.rules  # noqa: F401  fills the registry
-from graphgbp import heads, layers, registry, score
+from graphgbp import heads, registry, score
 from graphgbp.backward import Gap, RuleFor, active_nodes, gaps, refuse_gaps, varied_tensors
 from graphgbp.errors import RequestError
 from graphgbp.image import Image, find_images
-from graphgbp.layers import Layer
+from graphgbp.layers import Layer, LayerSearch, find_tensor
+from graphgbp.layouts import Layouts, find_layouts
 from graphgbp.prepare import View
 from graphgbp.rectifiers import Activations, find_activations
 from graphgbp.score import Score
@@ -37,14 +38,14 @@ class Analysis:
         self.view = view
         given = find_images(view, inputs)
         reached = varied_tensors(view, [image.tensor.name for image in given], self.rule_for)
-        main = _main(given)
-        self.axes = layers.channel_axes(view, main.tensor, main.layout)
+        self.layouts: Layouts = find_layouts(view, given)
+        axes = {name: layout.channel_axis for name, layout in self.layouts.items()}
         self.score: Score = (
-            score.neuron(layers.find_tensor(view, neurons), self.axes)
+            score.neuron(find_tensor(view, neurons), axes)
             if neurons is not None
             else score.whole_output(view, reached, output)
             if whole_output
-            else score.find_score(view, reached, self.axes, kind, output)
+            else score.find_score(view, reached, axes, kind, output)
         )
         self.images = given if inputs is not None else self._reaching(given)
 
@@ -90,12 +91,17 @@ class Analysis:
         return self.activations.smooth
 
     @cached_property
+    def _search(self) -> LayerSearch:
+        return LayerSearch(self.view, self.image.tensor, self.score.tensor, self.layouts, self.rule_for)
+
+    @property
     def layers(self) -> list[Layer]:
         """The candidates for Grad-CAM's target layer."""
-        return layers.candidates(self.view, self.image.tensor, self.image.layout, self.score.tensor, self.rule_for)
+        return self._search.candidates
 
     def layer(self, request: str) -> Layer:
-        chosen = layers.choose(self.view, self.layers, request, self.score.tensor, self.axes, self.rule_for)
+        """The target layer for a request; RequestError where it or the image cannot serve."""
+        chosen = self._search.choose(request)
         heads.require_image(self.image, chosen)
         return chosen
 

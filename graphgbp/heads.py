@@ -1,6 +1,6 @@
 """The attribution maps, from cotangents (Selvaraju et al. 2017, arXiv 1610.02391).
 
-Grad-CAM         L = relu(sum_k alpha_k A_k), alpha_k the spatial mean of dS/dA_k
+Grad-CAM         L = relu(sum_k alpha_k A_k), alpha_k the mean of dS/dA_k over the positions
 Guided Grad-CAM  guided backpropagation times L, element by element
 """
 
@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphgbp.emit import Emitter
+from graphgbp.emit import Emitter, Size
 from graphgbp.errors import RequestError
 from graphgbp.image import Image
 from graphgbp.layers import Layer
+from graphgbp.layouts import Layout
 
 # half_pixel with linear is what image libraries call bilinear; asymmetric with floor is torch's "nearest"
 INTERPOLATE_MODES = {
@@ -22,24 +23,52 @@ INTERPOLATE_MODES = {
 
 
 def cam(g: Emitter, layer: Layer, gradient: gs.Tensor) -> gs.Tensor:
-    """sum_k alpha_k A_k, float32 [N, 1, h, w]: before ReLU and resize."""
-    features, gradient = (g.cast(tensor, np.float32) for tensor in (layer.tensor, gradient))
-    alpha = g.reduce_mean(gradient, layer.spatial_axes)
-    weighted = g.reduce_sum(g.mul(features, alpha), [layer.channel_axis])
-    rank = len(layer.tensor.shape)
-    return g.transpose(weighted, [0, layer.channel_axis, *(a for a in range(1, rank) if a != layer.channel_axis)])
+    """sum_k alpha_k A_k, float32 [N, 1, *positions]: before ReLU and resize. Tokens are laid out on their grid."""
+    layout = layer.layout
+    sizes = [g.size(part.tensor, part.axis) for part in layout.positions]
+    features, gradient = (_at_positions(g, layout, sizes, g.cast(x, np.float32)) for x in (layer.tensor, gradient))
+    alpha = g.reduce_mean(gradient, layout.position_axes)
+    weighted = g.reduce_sum(g.mul(features, alpha), [layout.channel_axis])
+    weighted = g.transpose(weighted, [layout.batch_axis, layout.channel_axis, *layout.position_axes])
+    return g.reshape(weighted, [-1, 1, *sizes]) if layout.folded else weighted
+
+
+def _at_positions(g: Emitter, layout: Layout, sizes: Sequence[Size], x: gs.Tensor) -> gs.Tensor:
+    """x without the tokens in front, which stand for no position."""
+    if layout.others is None:
+        return x
+    last = g.ints([-1])
+    for size in sizes:
+        last = g.mul(last, g.as_int_vector(size))
+    return g.slice(x, last, [np.iinfo(np.int64).max], [layout.others])
 
 
 def resize_to(g: Emitter, x: gs.Tensor, image: Image, mode: str) -> gs.Tensor:
-    """A map [N, 1, h, w] in the image's size and layout, one channel."""
+    """A map [N, 1, *positions] in the image's size and layout, one channel."""
     assert image.layout is not None
-    axes = [image.layout.index(axis) for axis in "HW"]
-    if g.opset >= 18:
-        resized = g.op("Resize", x, None, None, g.sizes(image.tensor, axes), axes=[2, 3], **INTERPOLATE_MODES[mode])
+    positions = image.position_axes
+    surplus = len(x.shape) - len(image.layout)
+    x = g.squeeze(x, _single(x)[:surplus]) if surplus else x
+    sizes = [g.size(image.tensor, axis) for axis in positions]
+    if len(positions) == 1:  # ONNX Runtime interpolates pictures and volumes
+        resized = g.squeeze(_resized(g, g.unsqueeze(x, [2]), [1, *sizes], mode), [2])
     else:
-        sizes = g.join([g.size(x, 0), 1, *(g.size(image.tensor, axis) for axis in axes)])
-        resized = g.op("Resize", x, None, None, sizes, **INTERPOLATE_MODES[mode])
-    return g.transpose(resized, ["NCHW".index(axis) for axis in image.layout])
+        resized = _resized(g, x, sizes, mode)
+    made = ["N", "C", *(image.layout[axis] for axis in positions)]
+    return g.transpose(resized, [made.index(name) for name in image.layout])
+
+
+def _single(x: gs.Tensor) -> list[int]:
+    """The axes of positions that hold only one."""
+    return [axis for axis in range(2, len(x.shape)) if x.shape[axis] == 1]
+
+
+def _resized(g: Emitter, x: gs.Tensor, sizes: Sequence[Size], mode: str) -> gs.Tensor:
+    """x with other sizes behind its first two axes."""
+    options = INTERPOLATE_MODES[mode]
+    if g.opset >= 18:
+        return g.op("Resize", x, None, None, g.join(sizes), axes=list(range(2, len(x.shape))), **options)
+    return g.op("Resize", x, None, None, g.join([g.size(x, 0), 1, *sizes]), **options)
 
 
 def mean(g: Emitter, cams: Sequence[gs.Tensor], image: Image, mode: str) -> gs.Tensor:
@@ -56,14 +85,12 @@ def _normalised(g: Emitter, cam: gs.Tensor) -> gs.Tensor:
 
 
 def require_image(image: Image, layer: Layer) -> None:
-    """Refuse Grad-CAM where the image's layout is not known or the layer is not two-dimensional."""
-    if image.layout is None:
+    """Refuse Grad-CAM where the image's layout is not known or the layer's positions are not the image's."""
+    wanted, sizes = len(image.position_axes), layer.sizes
+    single = sum(size == 1 for size in sizes)
+    if not len(sizes) - single <= wanted <= len(sizes):
         raise RequestError(
-            f"the layout of input '{image.tensor.name}' {list(image.tensor.shape or ())} is ambiguous: Grad-CAM "
-            "needs a photo [N, C, H, W] or [N, H, W, C] with 1, 3 or 4 channels, or a convolution that reads it"
-        )
-    if len(layer.tensor.shape) != 4:
-        raise RequestError(
-            f"layer '{layer.tensor.name}' has shape {list(layer.tensor.shape)}: Grad-CAM needs [N, C, h, w]; "
-            "name another target_layer"
+            f"layer '{layer.tensor.name}' {list(layer.tensor.shape)} has positions along {len(sizes)} axes, input "
+            f"'{image.tensor.name}' {list(image.tensor.shape)} ({image.layout}) along {wanted}: Grad-CAM cannot be "
+            "laid over it; name another target_layer"
         )

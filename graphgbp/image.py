@@ -8,9 +8,13 @@ import onnx_graphsurgeon as gs
 
 from graphgbp.backward import is_float
 from graphgbp.errors import ModelFileError, RequestError
+from graphgbp.nodes import axes_of, permutation
 from graphgbp.prepare import View
 
+CHANNELS_FIRST = {3: "NCW", 4: "NCHW", 5: "NCDHW"}
+CHANNELS_LAST = {3: "NWC", 4: "NHWC", 5: "NDHWC"}
 _PHOTO_CHANNELS = (1, 3, 4)
+_READS_CHANNELS_FIRST = {"Conv", "MaxPool", "AveragePool"}
 _KEEP_LAYOUT = {
     "Cast",
     "Identity",
@@ -23,15 +27,30 @@ _KEEP_LAYOUT = {
     "QuantizeLinear",
     "DequantizeLinear",
 }
+_MOVES_AXES = {"Transpose", "Squeeze", "Unsqueeze"}
 _TO_CHANNELS_FIRST = [0, 3, 1, 2]
 
 
 @dataclass(frozen=True)
 class Image:
-    """An explained input: its tensor, and its layout "NCHW" or "NHWC"; None where nothing tells it."""
+    """An explained input: its tensor, and its layout; None where nothing tells it.
+
+    A photo's is "NCHW" or "NHWC", a sequence's "NCW" or "NWC", a volume's "NCDHW" or "NDHWC".
+    """
 
     tensor: gs.Tensor
     layout: str | None
+
+    @property
+    def position_axes(self) -> list[int]:
+        """The axes behind batch and channels; RequestError where the layout is not known."""
+        if self.layout is None:
+            raise RequestError(
+                f"the layout of input '{self.tensor.name}' {list(self.tensor.shape or ())} is ambiguous: Grad-CAM "
+                "needs channels and positions, such as a photo [N, C, H, W] or [N, H, W, C] with 1, 3 or 4 channels, "
+                "or a convolution that reads it"
+            )
+        return [axis for axis, name in enumerate(self.layout) if name not in "NC"]
 
     def describe(self) -> dict[str, object]:
         x = self.tensor
@@ -58,24 +77,42 @@ def find_images(view: View, names: Sequence[str] | None = None) -> list[Image]:
 
 
 def _layout(x: gs.Tensor) -> str | None:
-    """From the first operator that fixes it, else from where a photo's channels can be."""
-    if x.shape is None or len(x.shape) != 4:
+    """From the first operator that fixes it, else from where a photo's or a volume's channels can be."""
+    rank = 0 if x.shape is None else len(x.shape)
+    if rank not in CHANNELS_FIRST:
         return None
-    told = _told_by_reader(x)
-    first, last = (x.shape[axis] in _PHOTO_CHANNELS for axis in (1, 3))
-    guess = None if first == last else "NCHW" if first else "NHWC"
-    return told or guess
+    channels = _told_by_readers(x)
+    if len(channels) == 1:
+        return {1: CHANNELS_FIRST, rank - 1: CHANNELS_LAST}.get(channels.pop(), {}).get(rank)
+    first, last = (rank > 3 and x.shape[axis] in _PHOTO_CHANNELS for axis in (1, -1))
+    return None if first == last else (CHANNELS_FIRST if first else CHANNELS_LAST)[rank]
 
 
-def _told_by_reader(x: gs.Tensor) -> str | None:
+def _told_by_readers(x: gs.Tensor) -> set[int]:
+    """The axes of x that convolutions, poolings and transpositions take for channels; -1 where they take none."""
     found = set()
-    frontier = [x]
+    frontier = [(x, list(range(len(x.shape))))]  # tensors, and which axis of x each of theirs is; -1: none
     while frontier:
-        for node in frontier.pop().outputs:
-            if node.op in ("Conv", "MaxPool", "AveragePool"):
-                found.add("NCHW")
-            elif node.op == "Transpose" and list(node.attrs.get("perm", ())) == _TO_CHANNELS_FIRST:
-                found.add("NHWC")
+        tensor, axes = frontier.pop()
+        for node in tensor.outputs:
+            if node.op in _READS_CHANNELS_FIRST:
+                positions = [axis for axis in axes[2:] if axis >= 0]
+                found.add(axes[1] if axes[0] == 0 and positions == sorted(positions) else -1)
+            elif node.op in _MOVES_AXES and tensor is node.inputs[0]:
+                moved = _moved(node, axes)
+                frontier.append((node.outputs[0], moved))
+                found |= {3} if moved == _TO_CHANNELS_FIRST else set()
             elif node.op in _KEEP_LAYOUT:
-                frontier.extend(node.outputs)
-    return found.pop() if len(found) == 1 else None
+                frontier.append((node.outputs[0], axes))
+    return found
+
+
+def _moved(node: gs.Node, axes: list[int]) -> list[int]:
+    if node.op == "Transpose":
+        return [axes[axis] for axis in permutation(node)]
+    if node.op == "Squeeze":
+        gone = axes_of(node, len(axes))
+        return [axis for place, axis in enumerate(axes) if place not in gone]
+    new = axes_of(node, len(node.outputs[0].shape))
+    old = iter(axes)
+    return [-1 if place in new else next(old) for place in range(len(axes) + len(new))]

@@ -1,120 +1,183 @@
 """Grad-CAM's target layer: which tensors can serve, and the choice among them.
 
 A candidate is a spatial tensor that every path from the input to the score crosses: no later decision of the network
-goes around it. `auto` takes the last of them, after its activation, before the pooling.
+goes around it. `auto` takes the last of them, after its activation, before the pooling. The blocks of a transformer go
+around everything but their sums; there the normalizations that feed attention are candidates too, and `auto` takes
+the last of those. A tensor of whose positions none reaches the score is no candidate.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import onnx_graphsurgeon as gs
 
+from graphgbp import attention
 from graphgbp.backward import RuleFor, active_nodes, is_float, varied_tensors
 from graphgbp.contract import RECOMPUTED
 from graphgbp.errors import RequestError
+from graphgbp.extents import ALL, Extents, reaching
+from graphgbp.layouts import Layout, Layouts
 from graphgbp.nodes import input_names, label
 from graphgbp.prepare import View
 
-_CHANNELS_FIRST = {
-    "Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool",
-    "BatchNormalization", "InstanceNormalization", "GroupNormalization", "LRN", "DepthToSpace", "SpaceToDepth",
-}  # fmt: skip
-_RESHAPING = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Gather", "Einsum", "Expand", "MatMul", "Gemm"}
 _SAME_VALUES = {"Identity", "Dropout", "Cast", "Transpose"}
 _POOLING = {"AveragePool", "GlobalAveragePool", "ReduceMean"}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A tensor [N, C, ...] (channels at `channel_axis`) that Grad-CAM can be taken at, and why."""
+    """A tensor that Grad-CAM can be taken at, where it has its channels and positions, and why it was chosen."""
 
     tensor: gs.Tensor
-    channel_axis: int
+    layout: Layout
     reason: str
+    feeds_attention: bool = False
 
     @property
     def node(self) -> gs.Node:
         return self.tensor.inputs[0]
 
     @property
-    def spatial_axes(self) -> list[int]:
-        return [axis for axis in range(1, len(self.tensor.shape)) if axis != self.channel_axis]
+    def sizes(self) -> list[int | str]:
+        """How many positions there are along each direction."""
+        return self.layout.sizes
 
     def describe(self) -> dict[str, object]:
+        """Plain data; `grid` has the sizes of what tokens stand for, `prefix_tokens` is how many stand for no position.
+
+        Both are None where the layer has no tokens, the latter also where the file leaves it open.
+        """
+        folded = self.layout.folded
         return {
             "tensor": self.tensor.name,
             "node": label(self.node),
             "op": self.node.op,
             "shape": list(self.tensor.shape),
-            "channel_axis": self.channel_axis,
+            "channel_axis": self.layout.channel_axis,
+            "grid": self.sizes if folded else None,
+            "prefix_tokens": self.layout.prefix(self.tensor) if folded else None,
             "reason": self.reason,
         }
 
 
-def channel_axes(view: View, image: gs.Tensor, layout: str | None) -> dict[str, int]:
-    """The channel axis of every tensor whose layout is known: set by convolutions, moved by Transpose, else kept.
+@dataclass(frozen=True)
+class LayerSearch:
+    """The search for target layers between an image and a score."""
 
-    First from what makes a tensor, then, where that does not tell, from what reads it.
-    """
-    axes = {} if layout is None else {image.name: layout.index("C")}
-    for node in view.graph.nodes:
-        axis = _channel_axis(node, axes)
-        if axis is not None:
-            axes.update((output.name, axis) for output in node.outputs if output.name)
-    for node in reversed(view.graph.nodes):
-        for x, axis in _told_by_reader(node, axes):
-            axes.setdefault(x.name, axis)
-    return axes
+    view: View
+    image: gs.Tensor
+    score: gs.Tensor
+    layouts: Layouts
+    rule_for: RuleFor
+
+    @cached_property
+    def nodes(self) -> list[gs.Node]:
+        return active_nodes(self.view, [self.image.name], [self.score.name], self.rule_for)
+
+    @cached_property
+    def extents(self) -> Extents:
+        return reaching(self.nodes, self.score)
+
+    @cached_property
+    def candidates(self) -> list[Layer]:
+        """Every tensor that can serve as target layer, from input to score."""
+        crossed = {tensor.name for tensor in separators(self.nodes, self.image)} - {self.score.name}
+        attending = {tensor.name for tensor in self._attending}
+        return [
+            Layer(
+                tensor,
+                self.layouts[tensor.name],
+                self._reason(tensor, tensor.name in attending),
+                tensor.name in attending,
+            )
+            for node in self.nodes
+            for tensor in node.outputs
+            if tensor.name in crossed | attending and self._is_spatial(tensor) and self._positions_reach(tensor)
+        ]
+
+    @cached_property
+    def _attending(self) -> list[gs.Tensor]:
+        """What normalizations put out for attention, where no convolution follows to make feature maps of it."""
+        if attention.convolves_after_attention(self.nodes):
+            return []
+        found = attention.attending(self.nodes, attention.normalizations(self.nodes))
+        return [normalization.output for normalization in found]
+
+    def choose(self, request: str) -> Layer:
+        """The target layer for a request: 'auto', a tensor's name or a node's name.
+
+        Raises RequestError where there is none of that name, or where it cannot serve.
+        """
+        return self._auto() if request == "auto" else self._named(request)
+
+    def _auto(self) -> Layer:
+        last = self._attending[-1] if self._attending else None
+        if last is None:
+            return _last(self.candidates)
+        if last.name not in self.layouts:
+            raise RequestError(
+                f"the network attends last behind '{last.name}' {list(last.shape or ())}, and which positions it holds "
+                f"cannot be traced back to a feature map, so target_layer='auto' finds none; {_advice(self.candidates)}"
+            )
+        layers = [layer for layer in self.candidates if layer.feeds_attention]
+        return (
+            replace(layers[-1], reason=f"the last of its kind: {layers[-1].reason}")
+            if layers
+            else _last(self.candidates)
+        )
+
+    def _named(self, request: str) -> Layer:
+        tensor, advice = find_tensor(self.view, request, self.candidates), _advice(self.candidates)
+        if tensor.shape is None or len(tensor.shape) < 3 or not is_float(tensor):
+            raise RequestError(f"'{request}' has no spatial positions (shape {tensor.shape}); {advice}")
+        if self.score.name not in varied_tensors(self.view, [tensor.name], self.rule_for):
+            raise RequestError(f"the score does not depend on '{request}', so its gradient is zero; {advice}")
+        if not tensor.inputs:
+            raise RequestError(f"'{request}' is an input or a constant, no layer; {advice}")
+        if tensor.name not in self.layouts:
+            raise RequestError(
+                f"nothing tells which axis of '{request}' {list(tensor.shape)} holds the channels and which the "
+                f"positions: it is not made or read by a convolution or pooling, nor by tokens made of one; {advice}"
+            )
+        if not self._positions_reach(tensor):
+            raise RequestError(
+                f"only the class token and its like reach the score from '{request}': the gradient at its positions "
+                f"is zero, and so would Grad-CAM be; {advice}"
+            )
+        return Layer(tensor, self.layouts[tensor.name], "as asked")
+
+    def _is_spatial(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor has positions: more than one, as far as is known."""
+        layout = self.layouts.get(tensor.name)
+        return layout is not None and any(size != 1 for size in layout.sizes)
+
+    def _positions_reach(self, tensor: gs.Tensor) -> bool:
+        """Whether the score depends on more than the tokens that stand for no position."""
+        layout, extent = self.layouts[tensor.name], self.extents.get(tensor.name, ALL)
+        if extent == ALL or extent.axis != layout.others:
+            return True
+        prefix = layout.prefix(tensor)
+        return prefix is not None and extent.size > prefix
+
+    def _reason(self, tensor: gs.Tensor, feeds_attention: bool) -> str:
+        after = f"after {tensor.inputs[0].op} '{label(tensor.inputs[0])}'"
+        if feeds_attention:
+            return f"a normalization that feeds attention; {after}{_tokens(self.layouts[tensor.name], tensor)}"
+        readers = [node for node in self.nodes if tensor.name in input_names(node)]
+        before = f", before {readers[0].op} '{label(readers[0])}'" if len(readers) == 1 else ""
+        tokens = _tokens(self.layouts[tensor.name], tensor)
+        return f"every path from the input to the score crosses it; {after}{before}{tokens}"
 
 
-def _told_by_reader(node: gs.Node, axes: dict[str, int]) -> list[tuple[gs.Tensor, int]]:
-    """The inputs whose channel axis follows from the node that reads them."""
-    x = node.inputs[0] if node.inputs else None
-    if x is None or not isinstance(x, gs.Variable) or not node.outputs:
-        return []
-    if node.op in _CHANNELS_FIRST:
-        return [(x, 1)]
-    axis = axes.get(node.outputs[0].name)
-    if axis is None or node.op in _RESHAPING:
-        return []
-    if node.op == "Transpose":
-        return [(x, _perm(node)[axis])]
-    return [(x, axis) for x in node.inputs if isinstance(x, gs.Variable) and _same_rank(x, node.outputs[0])]
-
-
-def _channel_axis(node: gs.Node, axes: dict[str, int]) -> int | None:
-    if node.op in _CHANNELS_FIRST:
-        return 1
-    known = [(x, axes[x.name]) for x in node.inputs if x.name in axes]
-    if known and node.op == "MatMul" and known[0][0] is node.inputs[0] and known[0][1] == len(known[0][0].shape) - 1:
-        return known[0][1]  # a dense layer over channels that stand last
-    if not known or node.op in _RESHAPING or not node.outputs:
-        return None
-    x, axis = known[0]
-    if node.op == "Transpose":
-        return _perm(node).index(axis)
-    return axis if _same_rank(x, node.outputs[0]) else None
-
-
-def _perm(node: gs.Node) -> list[int]:
-    return node.attrs.get("perm") or list(range(len(node.inputs[0].shape)))[::-1]
-
-
-def _same_rank(x: gs.Tensor, y: gs.Tensor) -> bool:
-    return x.shape is not None and y.shape is not None and len(x.shape) == len(y.shape)
-
-
-def candidates(view: View, image: gs.Tensor, layout: str | None, score: gs.Tensor, rule_for: RuleFor) -> list[Layer]:
-    """Every tensor that can serve as target layer, from input to score."""
-    axes = channel_axes(view, image, layout)
-    nodes = active_nodes(view, [image.name], [score.name], rule_for)
-    crossed = [tensor for tensor in separators(nodes, image) if tensor.name != score.name]
-    return [
-        Layer(tensor, axes[tensor.name], _reason(tensor, nodes))
-        for tensor in crossed
-        if tensor.name in axes and is_spatial(tensor, axes[tensor.name])
-    ]
+def _tokens(layout: Layout, tensor: gs.Tensor) -> str:
+    """What the tokens stand for, where there are any."""
+    if not layout.folded:
+        return ""
+    prefix = layout.prefix(tensor)
+    others = {0: "", 1: " behind one other", None: " behind others"}.get(prefix, f" behind {prefix} others")
+    return f", tokens of a {'x'.join(map(str, layout.sizes))} grid{others}"
 
 
 def separators(nodes: Sequence[gs.Node], source: gs.Tensor) -> list[gs.Tensor]:
@@ -133,50 +196,30 @@ def separators(nodes: Sequence[gs.Node], source: gs.Tensor) -> list[gs.Tensor]:
     return found
 
 
-def is_spatial(tensor: gs.Tensor, channel_axis: int) -> bool:
-    """Whether the tensor has positions: axes behind batch and channels that are not all known to be 1."""
-    if tensor.shape is None or len(tensor.shape) < 3:
-        return False
-    return any(size != 1 for axis, size in enumerate(tensor.shape) if axis not in (0, channel_axis))
-
-
-def choose(
-    view: View,
-    layers: Sequence[Layer],
-    request: str,
-    score: gs.Tensor,
-    axes: dict[str, int],
-    rule_for: RuleFor,
-) -> Layer:
-    """The target layer for a request: 'auto', a tensor's name or a node's name."""
-    if request == "auto":
-        return _last(layers)
-    tensor = find_tensor(view, request, layers)
-    if tensor.shape is None or len(tensor.shape) < 3 or not is_float(tensor):
-        raise RequestError(f"'{request}' has no spatial positions (shape {tensor.shape}); {_advice(layers)}")
-    if score.name not in varied_tensors(view, [tensor.name], rule_for):
-        raise RequestError(f"the score does not depend on '{request}', so its gradient is zero; {_advice(layers)}")
-    if not tensor.inputs:
-        raise RequestError(f"'{request}' is an input or a constant, no layer; {_advice(layers)}")
-    if tensor.name not in axes:
-        raise RequestError(
-            f"nothing tells which axis of '{request}' {list(tensor.shape)} holds the channels: no convolution or "
-            f"pooling makes or reads it; {_advice(layers)}"
-        )
-    return Layer(tensor, axes[tensor.name], "as asked")
-
-
 def _last(layers: Sequence[Layer]) -> Layer:
+    """The last one before the pooling; of a normalized concatenation, as DenseNet ends in, that before its ReLU."""
     if not layers:
         raise RequestError(
             "no spatial tensor lies on every path from the input to the score, so target_layer='auto' finds none; "
             "name a tensor or node, or leave gradcam and guided_gradcam out"
         )
-    index = len(layers) - 1
-    names = {layer.tensor.name: position for position, layer in enumerate(layers)}
-    while layers[index].node.op in _SAME_VALUES | _POOLING and layers[index].node.inputs[0].name in names:
-        index = names[layers[index].node.inputs[0].name]
-    return layers[index]
+    named = {layer.tensor.name: layer for layer in layers}
+    last = layers[-1]
+    while last.node.op in _SAME_VALUES | _POOLING and last.node.inputs[0].name in named:
+        last = named[last.node.inputs[0].name]
+    makers = _makers(last.tensor, 3)
+    if [node.op for node in makers] == ["Relu", "BatchNormalization", "Concat"]:
+        return named.get(makers[1].outputs[0].name, last)
+    return last
+
+
+def _makers(tensor: gs.Tensor, count: int) -> list[gs.Node]:
+    """The node that makes a tensor, the one that makes that node's first input, and so on."""
+    found: list[gs.Node] = []
+    while len(found) < count and tensor.inputs and tensor.inputs[0].inputs:
+        found.append(tensor.inputs[0])
+        tensor = tensor.inputs[0].inputs[0]
+    return found
 
 
 def find_tensor(view: View, name: str, layers: Sequence[Layer] = ()) -> gs.Tensor:
@@ -192,10 +235,3 @@ def find_tensor(view: View, name: str, layers: Sequence[Layer] = ()) -> gs.Tenso
 def _advice(layers: Iterable[Layer]) -> str:
     names = [layer.tensor.name for layer in layers][-3:]
     return f"candidates are {', '.join(names)}" if names else "see `graphgbp inspect` for the candidates"
-
-
-def _reason(tensor: gs.Tensor, nodes: Sequence[gs.Node]) -> str:
-    after = tensor.inputs[0]
-    readers = [node for node in nodes if tensor.name in input_names(node)]
-    before = f", before {readers[0].op} '{label(readers[0])}'" if len(readers) == 1 else ""
-    return f"every path from the input to the score crosses it; after {after.op} '{label(after)}'{before}"

@@ -58,6 +58,18 @@ def free_path(stem: str, taken: Container[str]) -> str:
     return next(path for n in count(1) if (path := f"{stem}_{n}" if n > 1 else stem) not in taken)
 
 
+def permutation(node: gs.Node) -> list[int]:
+    """A Transpose's, spelled out."""
+    return node.attrs.get("perm") or list(range(len(node.inputs[0].shape)))[::-1]
+
+
+def axes_of(node: gs.Node, rank: int) -> list[int]:
+    """The axes, counted from 0, that an attribute or a known second input names; none where they are left out."""
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    axes = given.values.reshape(-1).tolist() if isinstance(given, gs.Constant) else node.attrs.get("axes") or []
+    return [axis % rank for axis in axes]
+
+
 def node_proto(node: gs.Node) -> onnx.NodeProto:
     proto = helper.make_node(
         node.op,

@@ -25,6 +25,7 @@ from graphgbp.functions import see_through_functions
 from graphgbp.model_file import tensor_names, with_readable_text, with_small_weights
 from graphgbp.nodes import free_path, label, node_proto, topological_order
 from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
+from graphgbp.size_vectors import made_sizes
 from graphgbp.weights import read_weights_from
 
 _FOLD_LIMIT = 1024
@@ -188,7 +189,7 @@ def _type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, Tensor
         if kind is not None:
             tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
         if kind is not None and kind.shape is not None:
-            tensor.shape = tuple(kind.shape)
+            tensor.shape = made_sizes(node, tuple(kind.shape))
         elif tensor.shape is not None:
             tensor.shape = _sizes_as_declared(tensor)
 

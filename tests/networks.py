@@ -224,7 +224,8 @@ def densenet(relu: Rectifier, growth: int = 8) -> Classifier:
         for _ in range(depth):
             layers.append(dense_layer(channels, growth, relu))
             channels += growth
-    return pooled(nn.Sequential(*layers, nn.BatchNorm2d(channels), relu()), channels)
+    features = nn.Sequential(*layers, nn.BatchNorm2d(channels), relu())
+    return pooled(features, channels, target=features[-2])
 
 
 def googlenet(relu: Rectifier) -> Classifier:

@@ -144,7 +144,7 @@ def test_a_dense_layer_over_channels_keeps_them_last():
 
 
 def test_a_layer_whose_channel_axis_nothing_tells():
-    weights = WEIGHTS | {"s": np.array([0, 4, 64, 1]), "back": np.array([0, 4, 8, 8])}
+    weights = WEIGHTS | {"s": np.array([0, 8, 32, 1]), "back": np.array([0, 4, 8, 8])}
     tail = ["b = Reshape(a, s)", "n = Relu(b)", "last = Reshape(n, back)", "f = Flatten(last)", "y = ReduceSum(f, one)"]
     made = model([f"a = Conv<{CONV}>(x, w)", *tail], {"x": ("N", 3, 8, 8)}, ["y"], weights | {"one": np.array([1])})
     with pytest.raises(graphgbp.RequestError, match=r"which axis of 'n' .* holds the channels"):
@@ -156,7 +156,7 @@ def test_a_shuffled_layer_is_told_by_the_convolution_that_reads_it():
     shuffle = ["q = Reshape(r, s)", "t = Transpose<perm=[0,2,1,3,4]>(q)", "u = Reshape(t, back)"]
     nodes = [*STEM, *shuffle, f"last = Conv<{CONV}>(u, v)", *HEAD]
     made = model(nodes, {"x": ("N", 3, 8, 8)}, ["y"], weights)
-    assert Analysis(prepare(made)).layer("u").channel_axis == 1
+    assert Analysis(prepare(made)).layer("u").layout.channel_axis == 1
 
 
 @pytest.mark.parametrize(

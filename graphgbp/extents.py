@@ -1,0 +1,166 @@
+"""How much of each tensor reaches the score: all of it, nothing, or only the first slices along an axis.
+
+Behind the last attention of a transformer that classifies by its class token, the other tokens have no way to the
+score: their gradient is zero by structure. The search goes from the score to the image; what it cannot tell reaches.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphgbp.layouts import slices
+from graphgbp.nodes import axes_of, permutation
+
+_ELEMENTWISE = {
+    "Abs", "Add", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
+    "Identity", "LeakyRelu", "Log", "Max", "Mean", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu",
+    "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tanh", "ThresholdedRelu", "Where",
+}  # fmt: skip
+_ALONG_AN_AXIS = {"Hardmax", "LogSoftmax", "LpNormalization", "Softmax"}
+_FROM_AN_AXIS_ON = {"LayerNormalization", "RMSNormalization"}
+_RESHAPING = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
+
+
+class Extent(NamedTuple):
+    """The first `size` slices along `axis`."""
+
+    axis: int
+    size: float
+
+
+ALL = Extent(0, np.inf)
+Extents = dict[str, Extent]
+
+
+def reaching(nodes: Iterable[gs.Node], score: gs.Tensor) -> Extents:
+    """For every tensor on a path through the nodes, given in topological order, how much of it reaches the score."""
+    found: Extents = {score.name: ALL}
+    for node in reversed(list(nodes)):
+        for y in node.outputs:
+            if y.name not in found:
+                continue
+            for index, x in enumerate(node.inputs):
+                if isinstance(x, gs.Variable) and not x.is_empty():
+                    extent = _needed(node, index, y, found[y.name])
+                    found[x.name] = _union(found[x.name], extent) if x.name in found else extent
+    return found
+
+
+def _union(a: Extent, b: Extent) -> Extent:
+    return Extent(a.axis, max(a.size, b.size)) if a.axis == b.axis else ALL
+
+
+def _needed(node: gs.Node, index: int, y: gs.Tensor, extent: Extent) -> Extent:
+    """What of input `index` the given extent of output `y` needs."""
+    x = node.inputs[index]
+    if x.shape is None or y.shape is None:
+        return ALL
+    if index == 0 and node.op in _SELECTS and (selected := _SELECTS[node.op](node, y)) is not None:
+        return selected
+    if extent == ALL:
+        return ALL
+    if node.op == "Concat":
+        return _part(node, index, extent)
+    axis = _source_axis(node, index, x, y, extent.axis)
+    return ALL if axis is None else Extent(axis, extent.size)
+
+
+def _part(node: gs.Node, index: int, extent: Extent) -> Extent:
+    """What the first slices of a concatenation need of one of its parts."""
+    if extent.axis != node.attrs["axis"] % len(node.inputs[index].shape):
+        return extent
+    before = _known_sum(node.inputs[:index], extent.axis)
+    return ALL if before is None else Extent(extent.axis, max(extent.size - before, 0))
+
+
+# -- where slices are picked out ----------------------------------------------------------------------------
+
+
+def _gathered(node: gs.Node, y: gs.Tensor) -> Extent | None:
+    indices = node.inputs[1]
+    known = isinstance(indices, gs.Constant) and indices.values.size and indices.values.min() >= 0
+    return Extent(node.attrs["axis"] % len(node.inputs[0].shape), int(indices.values.max()) + 1) if known else None
+
+
+def _sliced(node: gs.Node, y: gs.Tensor) -> Extent | None:
+    if not all(isinstance(x, gs.Constant) for x in node.inputs[1:] if not x.is_empty()):
+        return None
+    cut = [(axis, end) for axis, start, end, step in slices(node) if start >= 0 and step > 0 and 0 <= end < np.inf]
+    shorter = [Extent(axis, end) for axis, end in cut if end != node.inputs[0].shape[axis]]
+    return shorter[0] if shorter else None
+
+
+def _split(node: gs.Node, y: gs.Tensor) -> Extent | None:
+    axis = node.attrs.get("axis", 0) % len(y.shape)
+    upto = node.outputs[: next(i for i, part in enumerate(node.outputs) if part is y) + 1]
+    size = _known_sum(upto, axis)
+    return Extent(axis, size) if size is not None and y is not node.outputs[-1] else None
+
+
+def _known_sum(parts: Iterable[gs.Tensor], axis: int) -> int | None:
+    """The sizes of the parts along an axis, together; None where one is open."""
+    sizes = [part.shape[axis] if part.shape is not None else None for part in parts]
+    known = [size for size in sizes if isinstance(size, int)]
+    return sum(known) if len(known) == len(sizes) else None
+
+
+_SELECTS: dict[str, Callable[[gs.Node, gs.Tensor], Extent | None]] = {
+    "Gather": _gathered,
+    "Slice": _sliced,
+    "Split": _split,
+}
+
+
+# -- where an axis is carried along -------------------------------------------------------------------------
+
+
+def _source_axis(node: gs.Node, index: int, x: gs.Tensor, y: gs.Tensor, axis: int) -> int | None:
+    """The axis of an input whose slices are those of the output's axis, one to one; None where they are mixed."""
+    shift = len(y.shape) - len(x.shape)
+    if node.op in _ELEMENTWISE:
+        return axis - shift if axis >= shift else None
+    if node.op == "MatMul":
+        return _factor_axis(index, axis, x, y)
+    if index > 0:
+        return None
+    if node.op in _ALONG_AN_AXIS:
+        return axis if axis != node.attrs["axis"] % len(x.shape) else None
+    if node.op in _FROM_AN_AXIS_ON:
+        return axis if axis < node.attrs["axis"] % len(x.shape) else None
+    if node.op == "Transpose":
+        return permutation(node)[axis]
+    if node.op in _RESHAPING:
+        return _same_place(x, y, axis)
+    if node.op.startswith("Reduce"):
+        return axis if not shift and axis not in (axes_of(node, len(x.shape)) or [axis]) else None
+    return None
+
+
+def _factor_axis(index: int, axis: int, x: gs.Tensor, y: gs.Tensor) -> int | None:
+    """The rows of a product are those of its first factor, its columns those of the second."""
+    rank = len(y.shape)
+    if axis < rank - 2:
+        return axis if len(x.shape) == rank else None
+    return len(x.shape) - 2 + index if axis == rank - 2 + index and len(x.shape) > 1 else None
+
+
+def _same_place(x: gs.Tensor, y: gs.Tensor, axis: int) -> int | None:
+    """The axis of a reshaped tensor that stands between the same sizes as before."""
+    before, after = list(y.shape[:axis]), list(y.shape[axis + 1 :])
+    for place, size in enumerate(x.shape):
+        same = size == y.shape[axis] and isinstance(size, int)
+        if same and (
+            _product(x.shape[:place]) == _product(before) or _product(x.shape[place + 1 :]) == _product(after)
+        ):
+            return place
+    return None
+
+
+def _product(sizes: Iterable[int | str]) -> tuple[int, tuple[str, ...]]:
+    """What sizes multiply to, open ones by name."""
+    sizes = list(sizes)
+    return int(np.prod([size for size in sizes if isinstance(size, int)])), tuple(
+        sorted(size for size in sizes if isinstance(size, str))
+    )
