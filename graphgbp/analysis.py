@@ -106,7 +106,11 @@ class Analysis:
         return chosen
 
     def refuse_unexplainable(self) -> None:
+        """Raise UnsupportedOperatorError for gaps, RequestError and UnsupportedError for a score that is none."""
         refuse_gaps(self.gaps, self.view)
+        self.refuse_scoreless()
+
+    def refuse_scoreless(self) -> None:
         self.score.require_shape()
         for image in self.images:
             if not self._depends_on(image):

@@ -1,6 +1,7 @@
 """What can be explained in a model, said before anything is converted."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphgbp import model_file
+from graphgbp import model_file, target
 from graphgbp.analysis import Analysis
+from graphgbp.contract import LAYER_METHODS, METHODS
 from graphgbp.errors import GraphgbpError
 from graphgbp.nodes import label
 from graphgbp.prepare import View, prepare
@@ -20,8 +22,10 @@ from graphgbp.source import ModelLike, raised, read, weights_folder
 class Inspection:
     """What a conversion would find; every field is plain data.
 
-    `problems` says in words what stands in the way (no float input, an ambiguous score, ...); `gaps` lists the nodes
-    on the path that have no derivative rule. Both empty: the model can be explained. `rectifiers` are masked by the
+    `methods` are those that `convert` accepts with its other options left alone, `target_inputs` the inputs that the
+    converted file takes beside the model's own. `problems` says in words what stands in the way of the others (no
+    float input, an ambiguous score, no layer, ...); `gaps` lists the nodes on the path that have no derivative rule.
+    `rectifiers` are masked by the
     guided rule, `passed_through` (smooth and leaky activations) only where that is asked for, `not_rectifiers` never:
     they only look like it; each with its reason.
     """
@@ -33,20 +37,22 @@ class Inspection:
     nodes: int
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
-    explained: list[dict[str, Any]]
-    score: dict[str, Any] | None
-    layers: list[dict[str, Any]]
-    rectifiers: list[dict[str, str]]
-    passed_through: list[dict[str, str]]
-    not_rectifiers: list[dict[str, str]]
-    gaps: list[dict[str, str]]
-    problems: list[str]
     converted: dict[str, Any] | None
+    explained: list[dict[str, Any]] = field(default_factory=list)
+    score: dict[str, Any] | None = None
+    methods: list[str] = field(default_factory=list)
+    target_inputs: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    rectifiers: list[dict[str, str]] = field(default_factory=list)
+    passed_through: list[dict[str, str]] = field(default_factory=list)
+    not_rectifiers: list[dict[str, str]] = field(default_factory=list)
+    gaps: list[dict[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def explainable(self) -> bool:
-        """Whether convert accepts the model with default options for guided backpropagation and saliency."""
-        return not self.gaps and self.score is not None and self.converted is None
+        """Whether there is anything that convert accepts with its options left alone."""
+        return bool(self.methods)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,10 +69,6 @@ def inspect(model: ModelLike) -> Inspection:
     ours, record = raised(source, weights_folder(model))
     view = prepare(ours, weights_folder(model))
     findings = _findings(view) if manifest is None else {}
-    empty: dict[str, Any] = {
-        "explained": [], "score": None, "layers": [], "rectifiers": [], "passed_through": [], "not_rectifiers": [],
-        "gaps": [], "problems": [],
-    }  # fmt: skip
     return Inspection(
         file=str(path) if path else None,
         opset=next(entry.version for entry in source.opset_import if entry.domain in ("", "ai.onnx")),
@@ -76,7 +78,7 @@ def inspect(model: ModelLike) -> Inspection:
         inputs=[_describe(tensor) for tensor in view.graph.inputs],
         outputs=[_describe(tensor) for tensor in view.graph.outputs],
         converted=None if manifest is None else asdict(manifest),
-        **{**empty, **findings},
+        **findings,
     )
 
 
@@ -85,10 +87,14 @@ def _findings(view: View) -> dict[str, Any]:
         analysis = Analysis(view)
     except GraphgbpError as error:
         return {"problems": [str(error)]}
-    layers, problem = _layers(analysis)
+    layers, layer_problem = _layers(analysis)
+    score_problem = _refusal(analysis.refuse_scoreless)
+    refused = bool(score_problem or analysis.gaps)
     return {
         "explained": [image.describe() for image in analysis.images],
         "score": analysis.score.describe(),
+        "methods": [m for m in METHODS if not refused and (layer_problem is None or m not in LAYER_METHODS)],
+        "target_inputs": [] if refused else target.input_roles(analysis.score, "required"),
         "layers": layers,
         "rectifiers": [rectifier.describe() for rectifier in analysis.rectifiers],
         "passed_through": [activation.describe() for activation in analysis.smooth],
@@ -102,8 +108,17 @@ def _findings(view: View) -> dict[str, Any]:
             }
             for gap in analysis.gaps
         ],
-        "problems": [problem] if problem else [],
+        "problems": [problem for problem in (score_problem, layer_problem) if problem],
     }
+
+
+def _refusal(check: Callable[[], None]) -> str | None:
+    """The words with which a check refuses."""
+    try:
+        check()
+    except GraphgbpError as error:
+        return str(error)
+    return None
 
 
 def _layers(analysis: Analysis) -> tuple[list[dict[str, Any]], str | None]:

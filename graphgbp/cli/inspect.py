@@ -33,8 +33,15 @@ def inspect(model: str, as_json: bool) -> None:
     if found.gaps:
         console.show(_rows("Operators without a rule", ("node", "op", "domain", "reason"), found.gaps))
     if not found.converted:
-        obstacles = [*found.problems, *([f"{len(found.gaps)} node(s) without a rule"] if found.gaps else [])]
-        console.show(f"cannot be explained as it is: {'; '.join(obstacles)}" if obstacles else "can be explained")
+        console.show(_verdict(found))
+
+
+def _verdict(found: "Inspection") -> str:
+    obstacles = [*found.problems, *([f"{len(found.gaps)} node(s) without a rule"] if found.gaps else [])]
+    if not found.methods:
+        return f"cannot be explained as it is: {'; '.join(obstacles)}"
+    takes = f"can be explained, by {', '.join(found.methods)}; the file then takes {', '.join(found.target_inputs)}"
+    return "\n".join([takes, *(f"not otherwise: {obstacle}" for obstacle in obstacles)])
 
 
 def _facts(found: "Inspection") -> Iterator[tuple[str, str]]:
