@@ -124,7 +124,7 @@ MAP_COLUMNS = (
     "Grad-CAM", "rectifiers found / called", "row",
 )  # fmt: skip
 FILE_COLUMNS = ("network", "exporter", "input", "opset", "nodes", "convert, s", "forward", "Grad-CAM at")
-CAM_COLUMNS = ("network", "exporter", "layer of its README", "`auto` takes it", "largest difference", "row")
+CAM_COLUMNS = ("network", "exporter", "layer of its README", "`auto` takes it", "difference", "row")
 
 
 def _map_cells(row: Row) -> list[str]:
@@ -159,7 +159,7 @@ def _cam_cells(row: Row) -> list[str]:
     cam = row["cam"]
     taken = "yes" if cam["auto"] else f"no: `{row['layer']}`"
     return [
-        _name(row), EXPORTERS[row["exporter"]], f"`{cam['layer']}`", taken, f"{cam['difference']:.0e}", cam["verdict"]
+        _name(row), EXPORTERS[row["exporter"]], f"`{cam['layer']}`", taken, f"{cam['difference']:.0e} / {cam['float32']:.0e}", cam["verdict"]
     ]  # fmt: skip
 
 

@@ -156,16 +156,13 @@ def maps(
 
 
 def place(made: Sequence[tuple[str, Tensor]], features: np.ndarray) -> tuple[str, Tensor]:
-    """The tensor that equals `features`, by the name of the outermost module that returns it."""
-    near = [
-        (name, tensor)
-        for name, tensor in made
-        if tensor.shape == features.shape and relative(features, tensor.detach().numpy()) < SAME
-    ]
-    if not near:
-        raise LookupError(f"no tensor of the network equals the target layer's features {features.shape}")
-    modules = [(name, tensor) for name, tensor in near if not name.endswith("()")]
-    return min(modules or near, key=lambda one: len(one[0]))
+    """The first tensor that equals `features`, by the name of the outermost module that returns it."""
+    for _, tensor in made:
+        if tensor.shape == features.shape and relative(features, tensor.detach().numpy()) < SAME:
+            names = [name for name, other in made if other is tensor]
+            modules = [name for name in names if not name.endswith("()")]
+            return min(modules or names, key=len), tensor
+    raise LookupError(f"no tensor of the network equals the target layer's features {features.shape}")
 
 
 def captum_guided(module: nn.Module, images: Tensor, score_of: ScoreOf) -> np.ndarray:
