@@ -158,9 +158,8 @@ def _file_cells(row: Row) -> list[str]:
 def _cam_cells(row: Row) -> list[str]:
     cam = row["cam"]
     taken = "yes" if cam["auto"] else f"no: `{row['layer']}`"
-    return [
-        _name(row), EXPORTERS[row["exporter"]], f"`{cam['layer']}`", taken, f"{cam['difference']:.0e} / {cam['float32']:.0e}", cam["verdict"]
-    ]  # fmt: skip
+    difference = f"{cam['difference']:.0e} / {cam['float32']:.0e}"
+    return [_name(row), EXPORTERS[row["exporter"]], f"`{cam['layer']}`", taken, difference, cam["verdict"]]
 
 
 def _faults(rows: Sequence[Row]) -> str:

@@ -329,11 +329,12 @@ def export(
     exporter: str = "torchscript",
     opset: int = 18,
     dynamic: Sequence[str] = ("batch", "height", "width"),
+    outputs: Sequence[str] = ("scores",),
     **options: object,
 ) -> onnx.ModelProto:
-    """`image` to `scores`, by torch's "dynamo" or "torchscript" exporter, the sizes in `dynamic` left open."""
+    """`image` to `outputs`, by torch's "dynamo" or "torchscript" exporter, the sizes in `dynamic` left open."""
     axes = {axis: name for axis, name in ((0, "batch"), (2, "height"), (3, "width")) if name in dynamic}
-    names = {"input_names": ["image"], "output_names": ["scores"], "opset_version": opset}
+    names = {"input_names": ["image"], "output_names": list(outputs), "opset_version": opset}
     if exporter == "dynamo":
         sizes = {axis: torch.export.Dim.DYNAMIC for axis in axes}
         names |= {"dynamic_shapes": (sizes,), **options}
@@ -342,7 +343,8 @@ def export(
         model = program.model_proto
     else:
         buffer = io.BytesIO()
-        open_axes = {"image": axes, "scores": {axis: name for axis, name in axes.items() if axis == 0}}
+        batch = {axis: name for axis, name in axes.items() if axis == 0}
+        open_axes = {"image": axes, **dict.fromkeys(outputs, batch)}
         torch.onnx.export(network, (x,), buffer, dynamo=False, dynamic_axes=open_axes, **names, **options)
         model = onnx.load_from_string(buffer.getvalue())
     sizes = model.graph.input[0].type.tensor_type.shape.dim
