@@ -11,6 +11,7 @@ from tests.scores import per_pixel
 
 MLP = {"w": drawn(6, 5, seed=1), "v": drawn(5, 3, seed=2)}
 MLP_NODES = ["h = MatMul(x, w)", "r = Relu(h)", "y = MatMul(r, v)"]
+KERNEL = {"k": drawn(4, 3, 3, 3)}
 POOLED = ["p = GlobalAveragePool(r)", "y = Flatten(p)"]
 IMAGE = {"x": ("N", 3, 4, 4)}
 MODELS = {
@@ -18,7 +19,7 @@ MODELS = {
     "an old one": lambda: small_cnn(opset=11),
     "a segmentation": per_pixel,
     "features, no image": lambda: model(MLP_NODES, {"x": ("N", 6)}, ["y"], MLP),
-    "two outputs": lambda: model(["c = Conv(x, k)", "r = Relu(c)", *POOLED], IMAGE, ["r", "y"], {"k": drawn(4, 3, 3, 3)}),
+    "two outputs": lambda: model(["c = Conv(x, k)", "r = Relu(c)", *POOLED], IMAGE, ["r", "y"], KERNEL),
     "a gap": lambda: model(["y = Det(x)"], {"x": ("N", 4, 3, 3)}, ["y"]),
     "no path": lambda: model(["s = Sign(x)", "y = ReduceSum(s, a)"], IMAGE, ["y"], {"a": np.array([2, 3])}),
     "an integer input": lambda: integers(),
