@@ -5,7 +5,7 @@ reads, then over Identity, Cast, Reshape and the like to a final Softmax, LogSof
 score for two classes counts as z for class 1 and as -z for class 0; where a probability is explained, as p and 1 - p.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_graphsurgeon as gs
@@ -101,7 +101,7 @@ def find_score(
 
     `reached` are the tensors that depend on the explained inputs, `axes` the channel axes that are known. By default
     the output is the first that ends in a Softmax, LogSoftmax or Sigmoid, else the first of shape [N, K], else the
-    first. Raises ModelFileError where there is none, RequestError where there is none as asked.
+    first; a detector's boxes are passed over. Raises ModelFileError where there is none, RequestError where there is none as asked.
     """
     if kind not in SCORES:
         raise RequestError(f"score='{kind}' is unknown; choose one of {', '.join(SCORES)}")
@@ -157,11 +157,21 @@ def _choose_output(view: View, reached: Collection[str], name: str | None) -> tu
     found = [tensor for tensor in outputs.values() if _before_post_processing(tensor).name in reached]
     if len(outputs) == 1 or not found:
         return next(iter(outputs.values())), ""
+    scores = [tensor for tensor in found if not _are_boxes(tensor, found)]
     for fits, why in _PREFERENCES:
-        for tensor in found:
+        for tensor in scores:
             if fits(tensor):
                 return tensor, f" ({why} of {len(outputs)} outputs)"
-    return found[0], f" (the first of {len(outputs)} outputs)"
+    return scores[
+        0
+    ], f" (the first{' that are no boxes' if scores[0] is not found[0] else ''} of {len(outputs)} outputs)"
+
+
+def _are_boxes(tensor: gs.Tensor, outputs: Sequence[gs.Tensor]) -> bool:
+    """Whether it is [..., T, 4] beside another output with T rows: a detector's boxes beside its scores."""
+    shape = tensor.shape or ()
+    others = [y.shape for y in outputs if y is not tensor and y.shape and len(y.shape) == len(shape)]
+    return len(shape) > 1 and shape[-1] == 4 and any(s[-1] != 4 and s[-2] == shape[-2] for s in others)
 
 
 def _before_post_processing(tensor: gs.Tensor) -> gs.Tensor:

@@ -19,6 +19,8 @@ WEIGHTS = {
     "v": drawn(12, 7, seed=2),
     "pixels": drawn(5, 3, 1, 1, seed=3),
     "k": np.array([2]),
+    "t43": np.array([-1, 3, 4]),
+    "w4": drawn(4, 6, seed=4),
     "labels": np.arange(5) + 10,
 }
 FLAT = ["f = Flatten(x)", "z = MatMul(f, w)"]
@@ -47,6 +49,12 @@ def dense(key="w"):
         ([*FLAT, "m = Conv(x, pixels)", "y = Identity(z)"], ["m", "y"], "y", r"the first of shape \[N, K\]"),
         ([*FLAT, "e = MatMul(f, v)"], ["z", "e"], "z", r"the first of shape \[N, K\] of 2 outputs"),
         (["a = Conv(x, pixels)", "b = Relu(a)"], ["a", "b"], "a", "the first of 2 outputs"),
+        (
+            ["a = Reshape(x, t43)", "b = Sigmoid(a)", "q = MatMul(b, w4)"],
+            ["b", "q"],
+            "q",
+            "the first that are no boxes",
+        ),
         (["s = Shape(x)", "c = Cast<to=1>(s)", *FLAT], ["c", "z"], "z", "output 'z'"),
     ],
 )
