@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -111,7 +112,9 @@ def _layout(axes: Axes) -> Layout | None:
     places = tuple(index for index in range(len(axes)) if index not in (batch, channels))
     others = next((index for index in places if counts[index] == _TOKENS), None)
     positions = tuple(part for index in places for part in _positions(axes[index]))
-    straight = [part.counts for part in positions] == [str(index) for index in range(len(positions))]
+    straight = all(a.counts < b.counts for a, b in pairwise(positions)) and {p.counts for p in positions} <= {
+        *_DIRECTIONS
+    }
     return Layout(batch, channels, places, positions, others) if positions and straight else None
 
 
