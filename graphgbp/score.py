@@ -101,7 +101,8 @@ def find_score(
 
     `reached` are the tensors that depend on the explained inputs, `axes` the channel axes that are known. By default
     the output is the first that ends in a Softmax, LogSoftmax or Sigmoid, else the first of shape [N, K], else the
-    first; a detector's boxes are passed over. Raises ModelFileError where there is none, RequestError where there is none as asked.
+    first; a detector's boxes are passed over. Raises ModelFileError where there is none, RequestError where there is
+    none as asked.
     """
     if kind not in SCORES:
         raise RequestError(f"score='{kind}' is unknown; choose one of {', '.join(SCORES)}")
@@ -169,9 +170,11 @@ def _choose_output(view: View, reached: Collection[str], name: str | None) -> tu
 
 def _are_boxes(tensor: gs.Tensor, outputs: Sequence[gs.Tensor]) -> bool:
     """Whether it is [..., T, 4] beside another output with T rows: a detector's boxes beside its scores."""
-    shape = tensor.shape or ()
-    others = [y.shape for y in outputs if y is not tensor and y.shape and len(y.shape) == len(shape)]
-    return len(shape) > 1 and shape[-1] == 4 and any(s[-1] != 4 and s[-2] == shape[-2] for s in others)
+    shape = list(tensor.shape or ())
+    if len(shape) < 2 or shape[-1] != 4:
+        return False
+    others = [list(y.shape) for y in outputs if y.shape is not None and len(y.shape) == len(shape)]
+    return any(other[-1] != 4 and other[-2] == shape[-2] for other in others)
 
 
 def _before_post_processing(tensor: gs.Tensor) -> gs.Tensor:
