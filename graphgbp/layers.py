@@ -7,6 +7,7 @@ the last of those. A tensor of whose positions none reaches the score is no cand
 """
 
 import difflib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -161,11 +162,19 @@ class LayerSearch:
         prefix = layout.prefix(tensor)
         return prefix is not None and extent.size > prefix
 
+    @cached_property
+    def _readers(self) -> dict[str, list[gs.Node]]:
+        readers: dict[str, list[gs.Node]] = defaultdict(list)
+        for node in self.nodes:
+            for name in input_names(node):
+                readers[name].append(node)
+        return readers
+
     def _reason(self, tensor: gs.Tensor, feeds_attention: bool) -> str:
         after = f"after {tensor.inputs[0].op} '{label(tensor.inputs[0])}'"
         if feeds_attention:
             return f"a normalization that feeds attention; {after}{_tokens(self.layouts[tensor.name], tensor)}"
-        readers = [node for node in self.nodes if tensor.name in input_names(node)]
+        readers = self._readers[tensor.name]
         before = f", before {readers[0].op} '{label(readers[0])}'" if len(readers) == 1 else ""
         tokens = _tokens(self.layouts[tensor.name], tensor)
         return f"every path from the input to the score crosses it; {after}{before}{tokens}"
