@@ -25,7 +25,7 @@ from graphgbp.functions import see_through_functions
 from graphgbp.model_file import tensor_names, with_readable_text, with_small_weights
 from graphgbp.nodes import free_path, label, node_proto, topological_order
 from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
-from graphgbp.size_vectors import made_sizes
+from graphgbp.sizes import Sizes
 from graphgbp.weights import read_weights_from
 
 _FOLD_LIMIT = 1024
@@ -157,14 +157,16 @@ def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto) -> dict[st
     outer, fixed = tensor_names(seen), fixed_names(model)
     waiting, done = deque(view.graph.nodes), []
     settled: dict[str, str] = {}
+    sizes = Sizes()
     while waiting:
         node = waiting.popleft()
         branch = taken_branch(node, fixed)
         if branch is None:
             done.append(node)
             _settle_cast(node)
-            _type_outputs(node, view.opsets, known)
+            _type_outputs(node, view.opsets, known, sizes)
             _fold(node, view.opsets)
+            sizes.follow(node)
             continue
         path = free_path(label(node), settled)
         settled[path] = node.outputs[0].name
@@ -181,15 +183,15 @@ def _settle_cast(node: gs.Node) -> None:
         node.op, node.attrs["to"] = "Cast", elem_type(node.inputs.pop().dtype)
 
 
-def _type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType]) -> None:
+def _type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType], sizes: Sizes) -> None:
     outputs = [tensor for tensor in node.outputs if tensor.name and isinstance(tensor, gs.Variable)]
-    types = _node_types(node, opsets, known) if outputs else {}
+    types = _node_types(node, opsets, known, sizes) if outputs else {}
     for tensor in outputs:
         kind = types.get(tensor.name) or known.get(tensor.name)
         if kind is not None:
             tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
         if kind is not None and kind.shape is not None:
-            tensor.shape = made_sizes(node, tuple(kind.shape))
+            tensor.shape = tuple(kind.shape)
         elif tensor.shape is not None:
             tensor.shape = _sizes_as_declared(tensor)
 
@@ -229,7 +231,9 @@ def _with_symbols(name: str, kind: TensorType) -> TensorType:
     )
 
 
-def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType]) -> dict[str, TensorType]:
+def _node_types(
+    node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType], sizes: Sizes
+) -> dict[str, TensorType]:
     """Types by inference of the node alone, whose symbols are finer than the whole graph's."""
     domain = node.domain or ""
     inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
@@ -238,7 +242,8 @@ def _node_types(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorTy
     types = {tensor.name: type_of(tensor) for tensor in inputs}
     values = {tensor.name: tensor.values for tensor in inputs if _is_small(tensor)}
     try:
-        return infer_node(node_proto(node), opsets[domain], types, values, known)
+        held = {tensor.name: value for tensor in inputs if (value := sizes.of(tensor)) is not None}
+        return infer_node(node_proto(node), opsets[domain], types, values, known, held)
     except (onnx.defs.SchemaError, onnx.checker.ValidationError):  # not for this opset, or not as ONNX would have it
         return {}
     except shape_inference.InferenceError as error:

@@ -4,7 +4,6 @@ Two sizes that carry the same symbol are equal at run time, which is what lets a
 image be differentiated without asking at run time whether it broadcasts.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, shape_inference
 
-Dim = int | str
+from graphgbp import symbols
+
+Dim = symbols.Dim
 Shape = tuple[Dim, ...]
 
 _DATA_LIMIT = 1024
@@ -36,10 +37,12 @@ def infer_node(
     types: Mapping[str, TensorType],
     values: Mapping[str, np.ndarray],
     known: Mapping[str, TensorType] | None = None,
+    sizes: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, TensorType]:
     """Types of `node`'s outputs from the types of its inputs and the values of its small constant ones.
 
-    `known` holds what whole-graph inference found; it fills sizes that the node alone leaves open.
+    `known` holds what whole-graph inference found; it fills sizes that the node alone leaves open. `sizes` holds what
+    is known of inputs that hold sizes, element by element: an int, a symbol or None.
     """
     if node.op_type in _LIKE_FIRST_INPUT and not node.domain and node.input[0] in types:
         return {node.output[0]: types[node.input[0]]}
@@ -54,7 +57,7 @@ def infer_node(
     )
     inferred = {name: from_proto(proto) for name, proto in found.items() if proto.HasField("tensor_type")}
     return {
-        name: TensorType(kind.elem_type, _named_sizes(node, name, kind, types, values, known or {}))
+        name: TensorType(kind.elem_type, _named_sizes(node, name, kind, types, values, known or {}, sizes or values))
         for name, kind in inferred.items()
     }
 
@@ -87,17 +90,21 @@ def _named_sizes(
     types: Mapping[str, TensorType],
     values: Mapping[str, np.ndarray],
     known: Mapping[str, TensorType],
+    sizes: Mapping[str, np.ndarray],
 ) -> Shape | None:
     """The shape of output `name` with every open size filled: from whole-graph inference, else by a symbol."""
     hint = known.get(name)
     hinted = hint.shape if hint and hint.shape is not None else None
+    told = _told_sizes(node, types, sizes)
+    if kind.shape is None and told is not None and hinted is None:
+        return tuple(f"{name}:{axis}" if size is None else size for axis, size in enumerate(told))
     if kind.shape is None:
         return None if hinted is None else tuple(size or f"{name}:{axis}" for axis, size in enumerate(hinted))
     hinted = hinted if hinted is not None and len(hinted) == len(kind.shape) else ("",) * len(kind.shape)
     ours: dict[int, Dim] = {}
     for found in (
         _window_sizes(node, types),
-        _reshaped_size(node, kind.shape, types),
+        ((axis, size) for axis, size in enumerate(told or ()) if size is not None),
         _scaled_sizes(node, types, values),
         _transposed_sizes(node, types),
     ):
@@ -122,15 +129,50 @@ def window_count(size: int, span: int, stride: int, pads: tuple[int, int], ceil:
     return count - ((count - 1) * stride >= size + pads[0])
 
 
-def _reshaped_size(node: onnx.NodeProto, sizes: Shape, types: Mapping[str, TensorType]) -> Iterator[tuple[int, str]]:
-    """The one open size of a Reshape's output is the one open size of its input where the others' products agree."""
-    shape = types[node.input[0]].shape if node.op_type == "Reshape" and node.input[0] in types else None
-    if shape is None or sizes.count("") != 1:
-        return
-    symbols = [size for size in shape if isinstance(size, str)]
-    others, rest = ([size for size in part if isinstance(size, int)] for part in (shape, sizes))
-    if len(symbols) == 1 and len(rest) == len(sizes) - 1 and math.prod(others) == math.prod(rest) > 0:
-        yield sizes.index(""), symbols[0]
+def _told_sizes(
+    node: onnx.NodeProto, types: Mapping[str, TensorType], sizes: Mapping[str, np.ndarray]
+) -> Sequence[symbols.Open] | None:
+    """The sizes of the output of a node that takes them as an input, or that multiplies, divides or adds sizes."""
+    shapes = [types[name].shape if name in types else None for name in node.input]
+    given = [sizes[name].reshape(-1).tolist() if name in sizes else None for name in node.input]
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    match node.op_type, given:
+        case "Reshape", [_, list() as target]:
+            return symbols.reshaped(shapes[0], target, bool(attributes.get("allowzero")))
+        case "Expand", [_, list() as target]:
+            return symbols.expanded(shapes[0], target)
+        case "ConstantOfShape", [list() as target]:
+            return target
+        case "Resize", [_, _, _, list() as target] if not attributes.keys() & {"axes", "keep_aspect_ratio_policy"}:
+            return target
+        case "Tile", [_, list() as repeats] if shapes[0] is not None:
+            return [symbols.times(size, count) for size, count in zip(shapes[0], repeats, strict=True)]
+        case "Concat", _:
+            return _joined([shape for shape in shapes if shape], attributes["axis"]) if all(shapes) else None
+        case "DepthToSpace" | "SpaceToDepth", _ if shapes[0] is not None and len(shapes[0]) == 4:
+            return _blocks(shapes[0], attributes["blocksize"], node.op_type == "DepthToSpace")
+    return None
+
+
+def _joined(shapes: Sequence[Shape], axis: int) -> Sequence[symbols.Open]:
+    total: symbols.Open = 0
+    for shape in shapes:
+        total = symbols.plus(total, shape[axis])
+    told: list[symbols.Open] = [None] * len(shapes[0])
+    told[axis] = total
+    return told
+
+
+def _blocks(shape: Shape, block: int, to_space: bool) -> Sequence[symbols.Open]:
+    channels, rows, columns = shape[1:]
+    if to_space:
+        return (
+            shape[0],
+            symbols.over(channels, block * block),
+            symbols.times(rows, block),
+            symbols.times(columns, block),
+        )
+    return shape[0], symbols.times(channels, block * block), symbols.over(rows, block), symbols.over(columns, block)
 
 
 def _window_sizes(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Iterator[tuple[int, Dim]]:

@@ -8,10 +8,11 @@ import graphgbp
 PACKAGE = Path(graphgbp.__file__).parent
 
 FLOORS = [
-    ["errors", "contract", "shapes", "_version"],
+    ["errors", "contract", "symbols", "_version"],
+    ["shapes"],
     ["files"],
     ["emit", "registry", "model_file"],
-    ["masks", "nodes", "patterns", "size_vectors", "weights"],
+    ["masks", "nodes", "patterns", "sizes", "weights"],
     ["rules", "branches", "functions", "smooth"],
     ["prepare", "equivalence"],
     ["opset", "backward", "rectifiers", "append"],

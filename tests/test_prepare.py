@@ -1,5 +1,7 @@
 """The reading view: order, types, symbols, known values, defaults."""
 
+import cProfile
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -8,6 +10,7 @@ import pytest
 import graphgbp
 from graphgbp.prepare import prepare
 from tests.build import drawn, model, small_cnn
+from tests.rules.harness import run
 
 
 def test_nodes_are_put_in_order():
@@ -99,6 +102,83 @@ def test_the_batch_keeps_its_symbol_through_a_reshape():
 def test_a_reshape_that_mixes_the_batch_gets_a_symbol_of_its_own():
     tensors = prepare(model(["y = Reshape(x, s)"], {"x": ("N", 3, 4)}, ["y"], {"s": np.array([-1, 4])})).tensors
     assert tensors["y"].shape[0] != "N"
+
+
+ZERO, ONE, TWO, MINUS = (np.array([value]) for value in (0, 1, 2, -1))
+NUMBERS = {"zero": ZERO, "one": ONE, "two": TWO, "four": np.array([4]), "minus": MINUS, "first": np.int64(0)}
+NUMBERS |= {"last": np.array([2, 3]), "half": np.float32(0.5), "floattwo": np.float32([2]), "three": np.array([3])}
+COMPUTED = {
+    "the batch, and the rest": [
+        "s = Shape(x)", "n = Gather(s, zero)", "t = Concat<axis=0>(n, minus)", "y = Reshape(x, t)",
+    ],
+    "a scalar of the shape": [
+        "s = Shape(x)", "n = Gather(s, first)", "u = Unsqueeze(n, zero)", "t = Concat<axis=0>(u, four, minus)",
+        "y = Reshape(x, t)",
+    ],
+    "channels in groups": [
+        "s = Shape(x)", "c = Slice(s, one, two)", "h = Div(c, two)", "n = Shape<end=1>(x)", "r = Shape<start=2>(x)",
+        "t = Concat<axis=0>(n, two, h, r)", "a = Reshape(x, t)", "b = Transpose<perm=[0,2,1,3,4]>(a)",
+        "y = Reshape(b, s)",
+    ],
+    "batch and channels as one": [
+        "n = Shape<end=1>(x)", "m = Mul(n, four)", "r = Gather(s, last)", "s = Shape(x)", "t = Concat<axis=0>(m, r)",
+        "a = Reshape(x, t)", "u = Concat<axis=0>(n, minus, r)", "y = Reshape(a, u)",
+    ],
+    "tokens, and one in front": [
+        "n = Shape<end=1>(x)", "t = Concat<axis=0>(n, four, minus)", "a = Reshape(x, t)",
+        "b = Transpose<perm=[0,2,1]>(a)",
+        "ones = ConstantOfShape<value = int64[1] {1}>(three)", "e = Concat<axis=0>(n, minus, minus)",
+        "m = Mul(ones, minus)", "q = Equal(e, m)", "w = Where(q, ones, e)", "k = Expand(token, w)",
+        "y = Concat<axis=1>(k, b)",
+    ],
+    "as large as the input": [
+        "p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(x)", "q = Shape<end=2>(p)", "r = Shape<start=2>(x)",
+        "t = Concat<axis=0>(q, r)", "u = Resize(p, , , t)", "y = Add(u, x)",
+    ],
+    "twice as large, by real numbers": [
+        "r = Shape<start=2>(x)", "f = Cast<to=1>(r)", "m = Mul(f, floattwo)", "g = Floor(m)", "i = Cast<to=7>(g)",
+        "q = Shape<end=2>(x)", "t = Concat<axis=0>(q, i)", "y = Resize(x, , , t)",
+    ],
+    "pixels out of channels": ["y = DepthToSpace<blocksize=2>(x)"],
+    "channels out of pixels, and repeated": ["a = DepthToSpace<blocksize=2>(x)", "b = SpaceToDepth<blocksize=2>(a)",
+                                             "t = Concat<axis=0>(one, two, one, one)", "y = Tile(b, t)"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_computed_sizes_are_followed(case):
+    """What the symbols stand for, put in their place, is the shape at run time."""
+    weights = NUMBERS | {"token": drawn(1, 1, 4), "three": np.array([3])}
+    made = model(
+        sorted(COMPUTED[case], key=lambda node: node != "s = Shape(x)"), {"x": ("N", 4, "H", "W")}, ["y"], weights
+    )
+    del made.graph.value_info[:]
+    tensors = prepare(made).tensors
+    for sizes in ((2, 6, 4), (5, 2, 8)):
+        found = run(made, {"x": drawn(sizes[0], 4, *sizes[1:])})["y"].shape
+        named = dict(zip("NHW", sizes, strict=True))
+        assert tuple(eval(str(size), named) for size in tensors["y"].shape) == found, tensors["y"].shape
+
+
+def test_sizes_are_not_told_where_they_are_not_known():
+    nodes = ["n = Shape<end=1>(x)", "m = Add(n, n)", "t = Concat<axis=0>(m, minus)", "y = Reshape(x, t)"]
+    shape = prepare(model(nodes, {"x": ("N", 4, "H", "W")}, ["y"], NUMBERS)).tensors["y"].shape
+    assert len(shape) == 2 and not {"N", "H", "W"} & set(shape)
+
+
+def test_reading_takes_steps_in_proportion_to_the_nodes():
+    """Twice the nodes, twice the calls of functions."""
+
+    def steps(count: int) -> int:
+        nodes = [node for i in range(count) for node in (f"s{i} = Sigmoid(y{i})", f"y{i + 1} = Add(s{i}, y{i})")]
+        made = model([*nodes, f"p = GlobalAveragePool(y{count})", "y = Flatten(p)"], {"y0": ("N", 4, "H", "W")}, ["y"])
+        with cProfile.Profile() as profile:
+            graphgbp.convert(made, ["guided_backprop", "gradcam"])
+            graphgbp.inspect(made)
+        return sum(entry.callcount for entry in profile.getstats())
+
+    steps(10)
+    assert steps(160) < 2.2 * steps(80)
 
 
 def test_an_operator_that_onnx_has_withdrawn_is_refused_as_one_without_a_rule():
