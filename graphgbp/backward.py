@@ -16,7 +16,7 @@ from graphgbp.emit import Emitter
 from graphgbp.errors import UnsupportedOperatorError
 from graphgbp.nodes import input_names, label
 from graphgbp.prepare import View
-from graphgbp.registry import NONDIFFERENTIABLE, Entry, Rule, since_version
+from graphgbp.registry import NONDIFFERENTIABLE, Entry, Rule, Unsupported, since_version
 
 RuleFor = Callable[[gs.Node], Entry | None]
 Cotangents = dict[str, gs.Tensor]
@@ -133,6 +133,8 @@ def gaps(
 
 
 def _gap(node: gs.Node, rule: Entry | None, varied: set[str], needed: set[str]) -> str | None:
+    if isinstance(rule, Unsupported):
+        return rule.reason(node)
     if not isinstance(rule, Rule):
         return "it has no derivative rule"
     if rule.wrt is not None:

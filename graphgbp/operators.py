@@ -17,7 +17,7 @@ import onnx
 import graphgbp.rules  # noqa: F401  fills the registry
 from graphgbp import registry
 from graphgbp.opset import RAISED_TO
-from graphgbp.registry import Entry, Key, Rule
+from graphgbp.registry import Entry, Key, Rule, Unsupported
 from graphgbp.source import NEWEST_OPSET
 
 RULE, ZERO, SURROGATE, UNSUPPORTED = SETS = ("rule", "nondifferentiable", "surrogate", "unsupported")
@@ -68,7 +68,7 @@ def schemas() -> Iterator[onnx.defs.OpSchema]:
 
 def set_of(entry: Entry | None) -> str:
     """Which of the four sets an entry of the registry puts its operator in."""
-    if entry is None:
+    if entry is None or isinstance(entry, Unsupported):
         return UNSUPPORTED
     if not isinstance(entry, Rule):
         return ZERO

@@ -165,8 +165,7 @@ def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto) -> dict[st
             done.append(node)
             _settle_cast(node)
             _type_outputs(node, view.opsets, known, sizes)
-            _fold(node, view.opsets)
-            sizes.follow(node)
+            _fold(node, view.opsets, sizes)
             continue
         path = free_path(label(node), settled)
         settled[path] = node.outputs[0].name
@@ -257,35 +256,18 @@ def _is_small(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant) and int(np.prod(tensor.shape)) <= _FOLD_LIMIT
 
 
-def _fold(node: gs.Node, opsets: dict[str, int]) -> None:
+def _fold(node: gs.Node, opsets: dict[str, int], sizes: Sizes) -> None:
     """Replace the outputs of a small node whose value is known before running by that value."""
     if node.domain not in (None, "", "ai.onnx") or node.op in _RANDOM or len(node.outputs) != 1:
         return
     (output,) = node.outputs
     if not is_static(output.shape) or int(np.prod(output.shape)) > _FOLD_LIMIT:
         return
-    if (sizes := _known_sizes(node)) is not None:
-        _fix(output, sizes)
+    sizes.follow(node)
+    if (value := sizes.known(output)) is not None:
+        _fix(output, value)
     elif node.inputs and all(tensor.is_empty() or _is_small(tensor) for tensor in node.inputs) and not _has_graph(node):
         _fix(output, _evaluate(node, opsets))
-
-
-def _known_sizes(node: gs.Node) -> np.ndarray | None:
-    """What a Shape, a Size, or a Gather from a Shape gives, where those sizes are known."""
-    if node.op == "Gather" and isinstance(node.inputs[1], gs.Constant):
-        source = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
-        sizes = _sizes_told_by(source) if source is not None and source.op == "Shape" else None
-        picked = None if sizes is None else np.asarray(np.asarray(sizes, object)[node.inputs[1].values], object)
-        return picked.astype(np.int64) if picked is not None and is_static(tuple(picked.flat)) else None
-    if node.op not in ("Shape", "Size") or not is_static(sizes := _sizes_told_by(node)):
-        return None
-    known = np.asarray(sizes, np.int64)
-    return known if node.op == "Shape" else np.asarray(known.prod())
-
-
-def _sizes_told_by(node: gs.Node) -> tuple[int | str, ...] | None:
-    shape = node.inputs[0].shape
-    return None if shape is None else tuple(shape)[node.attrs.get("start", 0) : node.attrs.get("end")]
 
 
 def _has_graph(node: gs.Node) -> bool:

@@ -41,8 +41,15 @@ class Nondifferentiable:
     """The derivative is zero almost everywhere, or the output is no real number."""
 
 
+@dataclass(frozen=True)
+class Unsupported:
+    """No rule can be written; `reason(node)` says why and what to do."""
+
+    reason: Callable[[gs.Node], str]
+
+
 NONDIFFERENTIABLE = Nondifferentiable()
-Entry: TypeAlias = Rule | Nondifferentiable
+Entry: TypeAlias = Rule | Nondifferentiable | Unsupported
 _TABLE: dict[Key, Entry] = {}
 
 
@@ -73,6 +80,12 @@ def nondifferentiable(op: str, versions: Iterable[int], domain: str = "") -> Non
     """Declare that no cotangent passes the listed since_versions of an operator."""
     for version in versions:
         _add((domain, op, version), NONDIFFERENTIABLE)
+
+
+def unsupported(op: str, versions: Iterable[int], reason: Callable[[gs.Node], str]) -> None:
+    """Say why the listed since_versions of an operator cannot have a rule; without this it is said that none exists."""
+    for version in versions:
+        _add(("", op, version), Unsupported(reason))
 
 
 def _add(key: Key, entry: Entry) -> None:

@@ -15,6 +15,7 @@ from graphgbp.shapes import is_static
 
 _LIMIT = 64  # a tensor with more elements holds no sizes
 
+_EXACT = 2**24  # a whole number below this is exact in float32
 _TYPES = [np.dtype(kind) for kind in (np.int32, np.int64, np.bool_, np.float32, np.float64)]
 
 Values = Sequence[np.ndarray]
@@ -30,9 +31,16 @@ class Sizes:
         """The elements of a tensor of sizes; None where it is none, or nothing is known of it."""
         if not isinstance(tensor, gs.Constant):
             return self._values.get(tensor.name)
-        if not _holds_sizes(tensor) or not (np.rint(tensor.values) == tensor.values).all():
+        if not _holds_sizes(tensor) or not _are_whole(tensor.values):
             return None
         return tensor.values.astype(np.int64).astype(object)
+
+    def known(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """The value of a tensor of sizes that are all known."""
+        value = self._values.get(tensor.name)
+        if value is None or not is_static(tuple(value.flat)) or np.issubdtype(tensor.dtype, np.floating):
+            return None
+        return value.astype(tensor.dtype)
 
     def follow(self, node: gs.Node) -> None:
         """Work out what a node makes of sizes."""
@@ -50,6 +58,10 @@ class Sizes:
 def _holds_sizes(tensor: gs.Tensor) -> bool:
     """Whether a tensor is small; one of real numbers may hold sizes on their way to other sizes."""
     return tensor.dtype in _TYPES and is_static(tensor.shape) and int(np.prod(tensor.shape)) <= _LIMIT
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    return bool((np.abs(values) < _EXACT).all() and (np.rint(values) == values).all())
 
 
 def _shape(tensor: gs.Tensor) -> np.ndarray | None:

@@ -401,7 +401,9 @@ def test_a_known_branch_within_a_known_branch():
 def test_a_condition_that_a_caller_can_replace_is_not_known():
     made = model(["a = Exp(x)", BRANCH, "y = Relu(c)"], {"x": (2, 3)}, ["y"], {"k": np.array(True), "w": drawn(3)})
     made.graph.input.append(onnx.helper.make_tensor_value_info("k", onnx.TensorProto.BOOL, []))
-    with pytest.raises(graphgbp.UnsupportedOperatorError, match="If"):
+    with pytest.raises(
+        graphgbp.UnsupportedOperatorError, match=r"If .*'k' is an input with a default, which a caller can"
+    ):
         graphgbp.vjp(made)
 
 
@@ -423,7 +425,47 @@ def test_external_weights_are_read_from_the_models_folder(tmp_path, monkeypatch)
 def test_a_branch_chosen_at_run_time_is_refused():
     nodes = ["a = Exp(x)", "m = ReduceSum<keepdims=0>(a)", "k = Greater(m, zero)", BRANCH, "y = Relu(c)"]
     made = model(nodes, {"x": (2, 3)}, ["y"], {"zero": np.float32(0), "w": drawn(3)})
-    with pytest.raises(graphgbp.UnsupportedOperatorError, match="If"):
+    with pytest.raises(
+        graphgbp.UnsupportedOperatorError, match=r"If .*'k' is known only at run time; make it a constant"
+    ):
+        graphgbp.vjp(made)
+    problem = graphgbp.inspect(made).gaps[0]["reason"]
+    assert "'k' is known only at run time" in problem
+
+
+def test_a_branch_chosen_at_run_time_behind_the_score_is_left_alone():
+    nodes = ["y = Exp(x)", "m = ReduceSum<keepdims=0>(y)", "k = Greater(m, zero)", BRANCH.replace("(a", "(y")]
+    made = model(nodes, {"x": (2, 3)}, ["y", "c"], {"zero": np.float32(0), "w": drawn(3)})
+    x = drawn(2, 3)
+    got = run(graphgbp.vjp(made, outputs=["y"]), {"x": x, "y_grad": np.ones_like(x)})["x_grad"]
+    np.testing.assert_allclose(got, np.exp(x), rtol=1e-5)
+
+
+def test_a_condition_on_sizes_that_are_known():
+    """As torch.jit.script writes squeeze: the channels are known, the batch is not."""
+    choice = (
+        "c = If(k) <then_branch = t () => (t) { t = Squeeze (a, one) }, else_branch = o () => (e) { e = Identity (a) }>"
+    )
+    nodes = ["a = Exp(x)", "s = Shape(a)", "n = Slice(s, one, two)", "q = Squeeze(n)", "k = Equal(q, first)", choice]
+    weights = {"one": np.array([1]), "two": np.array([2]), "first": np.int64(1)}
+    made = model([*nodes, "y = Sin(c)"], {"x": ("N", 1)}, ["y"], weights)
+    x = drawn(2, 1)
+    got = run(graphgbp.vjp(made), {"x": x, "y_grad": np.ones_like(x[:, 0])})["x_grad"]
+    np.testing.assert_allclose(got, np.cos(np.exp(x)) * np.exp(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("repeated", ["Loop", "Scan"])
+def test_a_body_that_is_repeated_is_refused(repeated):
+    if repeated == "Loop":
+        node = (
+            "c = Loop(n, , a) <body = b (int64 i, bool k, float[2, 3] p) => (j, q) { j = Identity (k)  q = Sin (p) }>"
+        )
+    else:
+        node = "c = Scan(a) <num_scan_inputs = 1, body = b (float[3] p) => (float[3] q) { q = Sin (p) }>"
+    made = model(["a = Exp(x)", node, "y = Sin(c)"], {"x": (2, 3)}, ["y"], {"n": np.int64(3)})
+    with pytest.raises(
+        graphgbp.UnsupportedOperatorError, match=f"{repeated} .*how often its body runs .*loop unrolled"
+    ):
         graphgbp.vjp(made)
 
 

@@ -3,6 +3,7 @@
 from graphgbp.rules import (
     activation,
     attention,
+    control_flow,
     convolution,
     einsum,
     elementwise,
@@ -24,6 +25,7 @@ from graphgbp.rules import (
 __all__ = [
     "activation",
     "attention",
+    "control_flow",
     "convolution",
     "einsum",
     "elementwise",
