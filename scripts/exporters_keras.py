@@ -1,0 +1,166 @@
+"""Networks of keras.applications through tf2onnx, held against TensorFlow and xplique.
+
+Rectifiers count as xplique counts them, except in two places. xplique lets gradient through a ReLU6 above 6, where
+its derivative is 0; and it takes the ReLU6 inside a hard sigmoid for a rectifier. The float64 maps close the one and
+leave the other alone; how far xplique's own maps are from its own rule in float64 is the float32 distance, and what
+the two differences amount to is said in a remark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import export_keras
+import keras
+import numpy as np
+import tensorflow as tf
+from exporters_table import Case, Reference, distance
+from xplique.attributions import GradCAM, GuidedBackprop
+
+CLASSES = 100
+SIZES = {
+    "ConvNeXtTiny": 96,
+    "DenseNet121": 96,
+    "EfficientNetB0": 96,
+    "EfficientNetV2B0": 96,
+    "InceptionV3": 139,
+    "MobileNet": 96,
+    "MobileNetV2": 96,
+    "MobileNetV3Small": 96,
+    "NASNetMobile": 96,
+    "ResNet50": 96,
+    "ResNet50V2": 96,
+    "VGG16": 96,
+    "Xception": 96,
+}
+GATED = {"MobileNetV3Small"}  # every ReLU6 of it is the inside of a hard sigmoid
+ABOVE_6 = "it lets gradient through a ReLU6 above 6, where the derivative is 0"
+WHY = {
+    "MobileNet": ABOVE_6,
+    "MobileNetV2": ABOVE_6,
+    "MobileNetV3Small": "it takes the ReLU6 inside each hard sigmoid for a rectifier",
+}
+
+Scores = keras.Model  # a network without its softmax
+Open = Callable[[tf.Tensor, float], tf.Tensor]
+
+
+def case(name: str) -> Case:
+    keras.utils.set_random_seed(0)
+    network = export_keras.build(name, SIZES[name], CLASSES)
+    rng = np.random.default_rng(1)
+    export_keras.draw(network, rng)
+    model = export_keras.export(network)
+    images = export_keras.drawn_images(network, 2, rng)
+    first, second = np.argsort(-network(images).numpy(), axis=1)[:, :2]
+    targets = np.array([first[0], second[1]])  # the first image's best class, the second one's second best
+    return Case(model, "tf2onnx", images, targets, partial(reference, name, network.get_weights(), images, targets))
+
+
+def reference(
+    name: str, weights: list[np.ndarray], images: np.ndarray, targets: np.ndarray, features: np.ndarray | None
+) -> Reference:
+    assert features is not None
+    single, exact = (_scores(name, weights, dtype) for dtype in ("float32", "float64"))
+    place = _place(single, images, features)
+    labels = np.eye(CLASSES, dtype=np.float32)[targets]
+    xplique = np.asarray(GuidedBackprop(single, reducer=None)(images, labels))
+    as_xplique = gradient(guided(exact, lambda x, bound: x > 0), images, targets)
+    maps = {
+        "saliency": gradient(exact, images, targets),
+        "guided_backprop": gradient(
+            guided(exact, lambda x, bound: (x > 0) & (x < bound), name in GATED), images, targets
+        ),
+        "gradcam": gradcam(exact, place, images, targets),
+    }
+    if named := single.operations[place] in single.layers:
+        cam = xplique_gradcam(single, place, images, labels)
+    else:
+        cam = gradcam(single, place, images, targets)
+    float32 = {
+        "saliency": distance(gradient(single, images, targets), maps["saliency"]),
+        "guided_backprop": distance(xplique, as_xplique),
+        "gradcam": distance(cam, maps["gradcam"]),
+    }
+    remarks = [] if named else ["xplique knows no layer there (a sum), so TensorFlow's own Grad-CAM stands in for it"]
+    if rules := distance(as_xplique, maps["guided_backprop"]):
+        remarks.append(f"xplique's guided rule is {rules:.0e} from the published one, both in float64: {WHY[name]}")
+    return Reference(maps, float32, remarks)
+
+
+def _scores(name: str, weights: list[np.ndarray], dtype: str) -> Scores:
+    keras.config.set_dtype_policy(dtype)
+    network = export_keras.build(name, SIZES[name], CLASSES, classifier_activation=None)
+    keras.config.set_dtype_policy("float32")
+    network.set_weights(weights)
+    return network
+
+
+def _place(network: Scores, images: np.ndarray, features: np.ndarray) -> int:
+    """The number of the first layer whose output is the target layer's, in either layout."""
+    for index, layer in enumerate(network.operations):
+        shape = layer.output.shape if isinstance(layer.output, keras.KerasTensor) else ()
+        for wanted in (features, features.transpose(0, 2, 3, 1)):
+            if tuple(shape[1:]) == wanted.shape[1:]:
+                value = keras.Model(network.inputs, layer.output)(images).numpy()
+                if np.abs(value - wanted).max() < 1e-3 * np.abs(wanted).max():
+                    return index
+    raise AssertionError(f"no layer of {network.name} makes the target layer's {features.shape}")
+
+
+def gradient(network: Scores, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    x = tf.constant(images, network.compute_dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        score = tf.reduce_sum(tf.gather(network(x), targets, axis=1, batch_dims=1))
+    return tape.gradient(score, x).numpy()
+
+
+def gradcam(network: Scores, place: int, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    x = tf.constant(images, network.compute_dtype)
+    both = keras.Model(network.inputs, [network.operations[place].output, network.output])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        features, scores = both(x)
+        score = tf.reduce_sum(tf.gather(scores, targets, axis=1, batch_dims=1))
+    weights = tf.reduce_mean(tape.gradient(score, features), (1, 2), keepdims=True)
+    return _resized(tf.nn.relu(tf.reduce_sum(weights * features, -1)), images)
+
+
+def xplique_gradcam(network: Scores, place: int, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """xplique's Grad-CAM before its bicubic resize, resized as graphgbp resizes."""
+    cam = GradCAM(network, conv_layer=network.layers.index(network.operations[place]))
+    features, gradients = cam._gradient(tf.constant(images), tf.constant(labels))
+    return _resized(cam._apply_weights(cam._compute_weights(gradients, features), features), images)
+
+
+def _resized(cam: tf.Tensor, images: np.ndarray) -> np.ndarray:
+    """[N, h, w] to [N, H, W, 1], bilinear; in float32, the only type tf.image.resize gives."""
+    return tf.image.resize(cam[..., None], images.shape[1:3]).numpy()
+
+
+def guided(network: Scores, is_open: Open, but_gates: bool = False) -> Scores:
+    """A copy whose rectifiers let positive gradients through where they are open; the inside of gates is left alone."""
+    copy = keras.models.clone_model(network)
+    copy.set_weights(network.get_weights())
+    for layer in copy.layers:
+        if isinstance(layer, keras.layers.ReLU):
+            if not (but_gates and layer.max_value == 6):
+                layer.call = _rectifier(layer.max_value or np.inf, is_open)
+        elif getattr(layer, "activation", None) is keras.activations.relu:
+            layer.activation = _rectifier(np.inf, is_open)
+    return copy
+
+
+def _rectifier(bound: float, is_open: Open) -> Callable[[tf.Tensor], tf.Tensor]:
+    @tf.custom_gradient
+    def rectified(x: tf.Tensor) -> Any:
+        zero = tf.zeros_like(x)
+        return tf.clip_by_value(x, 0.0, bound), lambda dy: tf.where(is_open(x, bound), tf.maximum(dy, zero), zero)
+
+    return rectified
+
+
+CASES = {name: partial(case, name) for name in SIZES}

@@ -1,0 +1,202 @@
+"""Hold graphgbp against each framework's own gradients, on the file that the framework's exporter writes.
+
+    python scripts/exporters_table.py keras      # in the environment of scripts/requirements-keras.txt
+    python scripts/exporters_table.py paddle     # ... of scripts/requirements-paddle.txt
+    python scripts/exporters_table.py jax        # ... of scripts/requirements-jax.txt
+    python scripts/exporters_table.py sklearn    # ... of scripts/requirements-sklearn.txt
+
+Each adds its rows to docs/exporters.json and writes docs/exporters.md again. Rows that are there already are kept;
+--again makes them anew. A file that is refused has a row too, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+import graphgbp
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+KINDS = {"keras": "Keras", "paddle": "Paddle", "jax": "JAX", "sklearn": "scikit-learn and its like"}
+SLACK, FLOOR = 3, 1e-4  # a float32 map may lie so many times as far from float64 as the framework's own, plus this
+HEADER = ("network", "exporter", "forward", "gradient", "guided", "Grad-CAM", "target layer", "nodes", "s", "verdict")
+
+Maps = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Reference:
+    """The framework's maps in float64, how far its own float32 maps are from them, and what is to be said of them."""
+
+    maps: Maps
+    float32: dict[str, float]
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Case:
+    """A file, what is explained in it, and what its framework says of the same network.
+
+    `reference(features)` is asked for the maps, by graphgbp's method names; `features` is the target layer's value, by
+    which the framework finds its own name of it.
+    """
+
+    model: onnx.ModelProto
+    exporter: str
+    images: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    targets: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    reference: Callable[[np.ndarray | None], Reference] | None = None
+    methods: tuple[str, ...] = ("saliency", "guided_backprop", "gradcam")
+
+
+@dataclass
+class Row:
+    """What was measured. Errors are relative L2 distances from float64, the largest over the images."""
+
+    kind: str
+    network: str
+    exporter: str
+    errors: dict[str, float] = field(default_factory=dict)
+    float32: dict[str, float] = field(default_factory=dict)
+    forward: float = 0.0
+    layer: str = ""
+    nodes: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+    remarks: list[str] = field(default_factory=list)
+    refused: str = ""
+
+    @property
+    def right(self) -> bool:
+        within = all(error <= SLACK * self.float32[method] + FLOOR for method, error in self.errors.items())
+        return bool(self.errors) and not self.forward and within
+
+    @property
+    def verdict(self) -> str:
+        return "refused" if self.refused else "right" if self.right else "WRONG"
+
+
+def measure(kind: str, network: str, case: Case) -> Row:
+    row = Row(kind, network, case.exporter)
+    start = time.perf_counter()
+    try:
+        explained = graphgbp.convert(case.model, case.methods)
+    except graphgbp.GraphgbpError as error:
+        row.refused = " ".join(str(error).split())
+        return row
+    row.seconds = time.perf_counter() - start
+    row.nodes = len(case.model.graph.node), len(explained.graph.node)
+    assert case.reference is not None
+
+    images = {case.model.graph.input[0].name: case.images}
+    before, after = outputs(case.model, images), outputs(explained, {**images, "target": case.targets})
+    row.forward = max(float(np.abs(after[name] - value).max()) for name, value in before.items())
+    row.layer = _layer(explained)
+    told = case.reference(after.get("gradcam_features"))
+    row.errors = {method: distance(after[method], told.maps[method]) for method in case.methods}
+    row.float32, row.remarks = told.float32, told.remarks
+    return row
+
+
+def outputs(model: onnx.ModelProto, feeds: Maps) -> dict[str, np.ndarray]:
+    """Every array that a model gives, its nodes run as they are."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found = zip(session.get_outputs(), session.run(None, dict(feeds)), strict=True)
+    return {value.name: array for value, array in found if isinstance(array, np.ndarray) and array.dtype.kind == "f"}
+
+
+def _layer(explained: onnx.ModelProto) -> str:
+    manifest = next(entry.value for entry in explained.metadata_props if entry.key == "graphgbp.manifest")
+    return (json.loads(manifest)["target_layer"] or {}).get("tensor", "")
+
+
+def distance(got: np.ndarray, exact: np.ndarray) -> float:
+    """|got - exact| / |exact|, the largest over the batch."""
+    assert got.shape == exact.shape, f"shape {got.shape}, expected {exact.shape}"
+    got, exact = (np.asarray(value, np.float64).reshape(len(value), -1) for value in (got, exact))
+    size = np.linalg.norm(exact, axis=1)
+    assert (size > 0).all(), "an all-zero reference shows nothing"
+    return float((np.linalg.norm(got - exact, axis=1) / size).max())
+
+
+def read(folder: Path) -> dict[str, Row]:
+    path = folder / "exporters.json"
+    rows = [Row(**entry) for entry in json.loads(path.read_text("utf-8"))] if path.exists() else []
+    return {f"{row.kind}/{row.network}": row for row in rows}
+
+
+def write(rows: Mapping[str, Row], folder: Path) -> None:
+    """The rows as JSON, one a line, and as the page."""
+    ordered = sorted(rows.values(), key=lambda row: (list(KINDS).index(row.kind), row.network))
+    lines = ",\n".join(json.dumps(asdict(row)) for row in ordered)
+    (folder / "exporters.json").write_text(f"[\n{lines}\n]\n", "utf-8")
+    (folder / "exporters.md").write_text(page(ordered), "utf-8")
+
+
+def page(rows: list[Row]) -> str:
+    introduction = (Path(__file__).parent / "exporters_introduction.md").read_text("utf-8")
+    parts = [introduction.rstrip()]
+    for kind, title in KINDS.items():
+        here = [row for row in rows if row.kind == kind]
+        if here:
+            parts += ["", f"## {title}", "", _line(HEADER), _line(["---"] * len(HEADER))]
+            parts += [_line(_cells(row)) for row in here]
+            remarks = [f"- {row.network}: {text}" for row in here for text in [*row.remarks, row.refused] if text]
+            parts += ["", *remarks] if remarks else []
+    return "\n".join(parts) + "\n"
+
+
+def _line(cells: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(row: Row) -> list[str]:
+    if row.refused:
+        return [row.network, row.exporter, *["-"] * 7, row.verdict]
+
+    def error(method: str) -> str:
+        return f"{row.errors[method]:.0e} ({row.float32[method]:.0e})" if method in row.errors else "-"
+
+    forward = f"{row.forward:.0e}" if row.forward else "same"
+    layer = f"`{row.layer}`" if row.layer else "-"
+    errors = [error(method) for method in ("saliency", "guided_backprop", "gradcam")]
+    nodes = "{} -> {}".format(*row.nodes)
+    return [row.network, row.exporter, forward, *errors, layer, nodes, f"{row.seconds:.1f}", row.verdict]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("networks", nargs="*", help="default: all of the kind")
+    parser.add_argument("--again", action="store_true", help="also the rows that are there already")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of exporters.json and exporters.md")
+    arguments = parser.parse_args()
+
+    cases: Mapping[str, Callable[[], Case]] = import_module(f"exporters_{arguments.kind}").CASES
+    wrong = []
+    for network in arguments.networks or cases:
+        rows = read(arguments.docs)
+        name = f"{arguments.kind}/{network}"
+        if name not in rows or arguments.again:
+            rows[name] = measure(arguments.kind, network, cases[network]())
+            write(rows, arguments.docs)
+            print(_line(_cells(rows[name])), flush=True)
+        wrong += [network] if rows[name].verdict == "WRONG" else []
+    write(read(arguments.docs), arguments.docs)
+    sys.exit(f"wrong: {', '.join(wrong)}" if wrong else None)
+
+
+if __name__ == "__main__":
+    main()
