@@ -1,7 +1,9 @@
 """Flax networks through jax2onnx, held against jax.grad in float64; the guided rule is a jax.custom_vjp.
 
 jax2onnx declares wrong shapes for tensors around the Transposes it has moved, and ONNX Runtime refuses such a file: the
-declarations of inner tensors are taken out, as its user has to. Every parameter is drawn. A network is `scores(features(x))`; Grad-CAM is taken between the two.
+declarations of inner tensors are taken out, as its user has to.
+
+Every parameter is drawn. A network is `scores(features(x))`; Grad-CAM is taken between the two.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from exporters_table import Case, Reference, distance
+from exporters_table import IMAGES, Case, Reference, distance
 from flax import nnx
 from jax import Array
 from jax2onnx import to_onnx
@@ -114,9 +116,9 @@ def case(kind: type[nnx.Module]) -> Case:
     drawn = jax.tree_util.tree_map_with_path(partial(_drawn, rng), state)
     model = to_onnx(Network(nnx.merge(graph, drawn)), [("batch", 32, 32, 3)])
     del model.graph.value_info[:]
-    coarse = np.kron(rng.standard_normal((2, 4, 4, 3)), np.ones((1, 8, 8, 1)))
-    images = (rng.standard_normal((2, 32, 32, 3)) + 2 * coarse).astype(np.float32)
-    targets = np.array([2, 7])
+    coarse = np.kron(rng.standard_normal((IMAGES, 4, 4, 3)), np.ones((1, 8, 8, 1)))
+    images = (rng.standard_normal((IMAGES, 32, 32, 3)) + 2 * coarse).astype(np.float32)
+    targets = np.arange(IMAGES)
     return Case(model, "jax2onnx", images, targets, partial(reference, graph, drawn, images, targets))
 
 
@@ -184,3 +186,4 @@ CASES = {
     "inverted residual": partial(case, MobileNet),
     "ConvNeXt block": partial(case, ConvNeXt),
 }
+SMALL = {"jax_residual.onnx": lambda: case(ResNet).model}

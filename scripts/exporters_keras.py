@@ -15,8 +15,9 @@ from typing import Any
 import export_keras
 import keras
 import numpy as np
+import onnx
 import tensorflow as tf
-from exporters_table import Case, Reference, distance
+from exporters_table import IMAGES, Case, Reference, distance, ranked
 from xplique.attributions import GradCAM, GuidedBackprop
 
 CLASSES = 100
@@ -53,9 +54,8 @@ def case(name: str) -> Case:
     rng = np.random.default_rng(1)
     export_keras.draw(network, rng)
     model = export_keras.export(network)
-    images = export_keras.drawn_images(network, 2, rng)
-    first, second = np.argsort(-network(images).numpy(), axis=1)[:, :2]
-    targets = np.array([first[0], second[1]])  # the first image's best class, the second one's second best
+    images = export_keras.drawn_images(network, IMAGES, rng)
+    targets = ranked(network(images).numpy())
     return Case(model, "tf2onnx", images, targets, partial(reference, name, network.get_weights(), images, targets))
 
 
@@ -163,4 +163,41 @@ def _rectifier(bound: float, is_open: Open) -> Callable[[tf.Tensor], tf.Tensor]:
     return rectified
 
 
+def small_residual() -> onnx.ModelProto:
+    """ResNetV2's parts: padding of its own, max pooling, BatchNormalization before the ReLU, a strided shortcut."""
+    x = image = keras.Input((32, 32, 3))
+    x = keras.layers.Conv2D(12, 5, 2, "same")(x)
+    x = keras.layers.MaxPooling2D(3, 2)(keras.layers.ZeroPadding2D(1)(x))
+    before = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    y = keras.layers.Conv2D(12, 3, 2, "same", use_bias=False)(before)
+    y = keras.layers.ReLU()(keras.layers.BatchNormalization()(y))
+    y = keras.layers.Conv2D(24, 3, 1, "same")(y)
+    x = y + keras.layers.Conv2D(24, 1, 2)(before)
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    x = keras.layers.Dense(10, activation="softmax")(keras.layers.GlobalAveragePooling2D()(x))
+    return _small(keras.Model(image, x))
+
+
+def small_mobile() -> onnx.ModelProto:
+    """MobileNet's parts: scaling inside, hard swish, depthwise convolution, ReLU6, a gate of a ReLU6."""
+    x = image = keras.Input((32, 32, 3))
+    x = keras.layers.Rescaling(1 / 127.5, -1)(x)
+    x = keras.layers.BatchNormalization()(keras.layers.Conv2D(12, 3, 2, "same", use_bias=False)(x))
+    x = keras.layers.Activation("hard_swish")(x)
+    x = keras.layers.DepthwiseConv2D(5, 1, "same", use_bias=False)(x)
+    x = keras.layers.ReLU(6.0)(keras.layers.BatchNormalization()(x))
+    gate = keras.layers.GlobalAveragePooling2D(keepdims=True)(x)
+    gate = keras.layers.Conv2D(12, 1)(keras.layers.Conv2D(4, 1, activation="relu")(gate))
+    x = x * (keras.layers.ReLU(6.0)(gate + 3.0) * (1 / 6))
+    x = keras.layers.ReLU(6.0)(keras.layers.BatchNormalization()(keras.layers.Conv2D(24, 3, 2, "same")(x)))
+    x = keras.layers.Conv2D(10, 1)(keras.layers.GlobalAveragePooling2D(keepdims=True)(x))
+    return _small(keras.Model(image, keras.layers.Softmax()(keras.layers.Flatten()(x))))
+
+
+def _small(network: keras.Model) -> onnx.ModelProto:
+    export_keras.draw(network, np.random.default_rng(0))
+    return export_keras.export(network, opset=13)
+
+
 CASES = {name: partial(case, name) for name in SIZES}
+SMALL = {"keras_residual.onnx": small_residual, "keras_mobile.onnx": small_mobile}
