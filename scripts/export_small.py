@@ -5,7 +5,8 @@ python scripts/export_small.py paddle     # ... of scripts/requirements-paddle.t
 python scripts/export_small.py jax        # ... of scripts/requirements-jax.txt
 python scripts/export_small.py sklearn    # ... of scripts/requirements-sklearn.txt
 
-Two runs write the same bytes. Afterwards the checksums in models/README.md are brought up to date.
+Two runs write the same numbers, but tf2onnx names inner tensors anew each time: tests/test_exporters.py, which lists
+some by name, goes with the files that are there. Afterwards the checksums in models/README.md are brought up to date.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from exporters_table import IMAGES, Case, Reference, distance
+from exporters_table import IMAGES, Case, Reference, distance, ranked
 from flax import nnx
 from jax import Array
 from jax2onnx import to_onnx
@@ -114,11 +114,12 @@ def case(kind: type[nnx.Module]) -> Case:
     body = kind(nnx.Rngs(0))
     graph, state = nnx.split(body)
     drawn = jax.tree_util.tree_map_with_path(partial(_drawn, rng), state)
-    model = to_onnx(Network(nnx.merge(graph, drawn)), [("batch", 32, 32, 3)])
+    network = Network(nnx.merge(graph, drawn))
+    model = to_onnx(network, [("batch", 32, 32, 3)])
     del model.graph.value_info[:]
     coarse = np.kron(rng.standard_normal((IMAGES, 4, 4, 3)), np.ones((1, 8, 8, 1)))
     images = (rng.standard_normal((IMAGES, 32, 32, 3)) + 2 * coarse).astype(np.float32)
-    targets = np.arange(IMAGES)
+    targets = ranked(np.asarray(network(jnp.asarray(images))))
     return Case(model, "jax2onnx", images, targets, partial(reference, graph, drawn, images, targets))
 
 

@@ -44,7 +44,6 @@ WHY = {
     "MobileNetV3Small": "it takes the ReLU6 inside each hard sigmoid for a rectifier",
 }
 
-Scores = keras.Model  # a network without its softmax
 Open = Callable[[tf.Tensor, float], tf.Tensor]
 
 
@@ -63,7 +62,7 @@ def reference(
     name: str, weights: list[np.ndarray], images: np.ndarray, targets: np.ndarray, features: np.ndarray | None
 ) -> Reference:
     assert features is not None
-    single, exact = (_scores(name, weights, dtype) for dtype in ("float32", "float64"))
+    single, exact = (_without_softmax(name, weights, dtype) for dtype in ("float32", "float64"))
     place = _place(single, images, features)
     labels = np.eye(CLASSES, dtype=np.float32)[targets]
     xplique = np.asarray(GuidedBackprop(single, reducer=None)(images, labels))
@@ -90,7 +89,7 @@ def reference(
     return Reference(maps, float32, remarks)
 
 
-def _scores(name: str, weights: list[np.ndarray], dtype: str) -> Scores:
+def _without_softmax(name: str, weights: list[np.ndarray], dtype: str) -> keras.Model:
     keras.config.set_dtype_policy(dtype)
     network = export_keras.build(name, SIZES[name], CLASSES, classifier_activation=None)
     keras.config.set_dtype_policy("float32")
@@ -98,19 +97,24 @@ def _scores(name: str, weights: list[np.ndarray], dtype: str) -> Scores:
     return network
 
 
-def _place(network: Scores, images: np.ndarray, features: np.ndarray) -> int:
+def _place(network: keras.Model, images: np.ndarray, features: np.ndarray) -> int:
     """The number of the first layer whose output is the target layer's, in either layout."""
-    for index, layer in enumerate(network.operations):
-        shape = layer.output.shape if isinstance(layer.output, keras.KerasTensor) else ()
-        for wanted in (features, features.transpose(0, 2, 3, 1)):
-            if tuple(shape[1:]) == wanted.shape[1:]:
-                value = keras.Model(network.inputs, layer.output)(images).numpy()
-                if np.abs(value - wanted).max() < 1e-3 * np.abs(wanted).max():
-                    return index
+    wanted = [features, features.transpose(0, 2, 3, 1)]
+    shapes = {value.shape[1:] for value in wanted}
+    made = {
+        index: layer.output
+        for index, layer in enumerate(network.operations)
+        if isinstance(layer.output, keras.KerasTensor) and tuple(layer.output.shape[1:]) in shapes
+    }
+    values = keras.Model(network.inputs, list(made.values()))(images)
+    for index, value in zip(made, values, strict=True):
+        for one in wanted:
+            if one.shape == value.shape and np.abs(value - one).max() < 1e-3 * np.abs(one).max():
+                return index
     raise AssertionError(f"no layer of {network.name} makes the target layer's {features.shape}")
 
 
-def gradient(network: Scores, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def gradient(network: keras.Model, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
     x = tf.constant(images, network.compute_dtype)
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -118,7 +122,7 @@ def gradient(network: Scores, images: np.ndarray, targets: np.ndarray) -> np.nda
     return tape.gradient(score, x).numpy()
 
 
-def gradcam(network: Scores, place: int, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def gradcam(network: keras.Model, place: int, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
     x = tf.constant(images, network.compute_dtype)
     both = keras.Model(network.inputs, [network.operations[place].output, network.output])
     with tf.GradientTape() as tape:
@@ -129,7 +133,7 @@ def gradcam(network: Scores, place: int, images: np.ndarray, targets: np.ndarray
     return _resized(tf.nn.relu(tf.reduce_sum(weights * features, -1)), images)
 
 
-def xplique_gradcam(network: Scores, place: int, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def xplique_gradcam(network: keras.Model, place: int, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """xplique's Grad-CAM before its bicubic resize, resized as graphgbp resizes."""
     cam = GradCAM(network, conv_layer=network.layers.index(network.operations[place]))
     features, gradients = cam._gradient(tf.constant(images), tf.constant(labels))
@@ -141,7 +145,7 @@ def _resized(cam: tf.Tensor, images: np.ndarray) -> np.ndarray:
     return tf.image.resize(cam[..., None], images.shape[1:3]).numpy()
 
 
-def guided(network: Scores, is_open: Open, but_gates: bool = False) -> Scores:
+def guided(network: keras.Model, is_open: Open, but_gates: bool = False) -> keras.Model:
     """A copy whose rectifiers let positive gradients through where they are open; the inside of gates is left alone."""
     copy = keras.models.clone_model(network)
     copy.set_weights(network.get_weights())

@@ -6,7 +6,7 @@ Trees and other estimators that skl2onnx or onnxmltools write as one operator of
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightgbm
 import numpy as np
@@ -24,7 +24,7 @@ OPSET = 18
 METHODS = ("saliency", "guided_backprop")
 ROWS = slice(0, 4)
 
-Network = MLPClassifier | MLPRegressor
+Network: TypeAlias = MLPClassifier | MLPRegressor
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

@@ -163,7 +163,7 @@ def write(rows: Mapping[str, Row], folder: Path) -> None:
 
 
 def page(rows: list[Row]) -> str:
-    introduction = (Path(__file__).parent / "exporters_introduction.md").read_text("utf-8")
+    introduction = (Path(__file__).parent / "exporters.md.in").read_text("utf-8")
     parts = [introduction.rstrip()]
     for kind, title in KINDS.items():
         here = [row for row in rows if row.kind == kind]
