@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphgbp.layouts import slices
-from graphgbp.nodes import axes_of, permutation
+from graphgbp.nodes import axes_of, permutation, slices
 
 _ELEMENTWISE = {
     "Abs", "Add", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
@@ -30,7 +29,7 @@ class Extent(NamedTuple):
     size: float
 
 
-ALL = Extent(0, np.inf)
+ALL, NOTHING = Extent(0, np.inf), Extent(0, 0)
 Extents = dict[str, Extent]
 
 
@@ -49,14 +48,16 @@ def reaching(nodes: Iterable[gs.Node], score: gs.Tensor) -> Extents:
 
 
 def _union(a: Extent, b: Extent) -> Extent:
+    if NOTHING in (a, b):
+        return b if a == NOTHING else a
     return Extent(a.axis, max(a.size, b.size)) if a.axis == b.axis else ALL
 
 
 def _needed(node: gs.Node, index: int, y: gs.Tensor, extent: Extent) -> Extent:
     """What of input `index` the given extent of output `y` needs."""
     x = node.inputs[index]
-    if x.shape is None or y.shape is None:
-        return ALL
+    if extent == NOTHING or x.shape is None or y.shape is None:
+        return NOTHING if extent == NOTHING else ALL
     if index == 0 and node.op in _SELECTS and (selected := _SELECTS[node.op](node, y)) is not None:
         return selected
     if extent == ALL:
@@ -72,7 +73,9 @@ def _part(node: gs.Node, index: int, extent: Extent) -> Extent:
     if extent.axis != node.attrs["axis"] % len(node.inputs[index].shape):
         return extent
     before = _known_sum(node.inputs[:index], extent.axis)
-    return ALL if before is None else Extent(extent.axis, max(extent.size - before, 0))
+    if before is None:
+        return ALL
+    return Extent(extent.axis, extent.size - before) if extent.size > before else NOTHING
 
 
 # -- where slices are picked out ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from graphgbp import attention
 from graphgbp.backward import RuleFor, active_nodes, is_float, varied_tensors
 from graphgbp.contract import RECOMPUTED
 from graphgbp.errors import RequestError
-from graphgbp.extents import ALL, Extents, reaching
+from graphgbp.extents import ALL, NOTHING, Extents, reaching
 from graphgbp.layouts import Layout, Layouts
 from graphgbp.nodes import input_names, label
 from graphgbp.prepare import View
@@ -157,8 +157,8 @@ class LayerSearch:
     def _positions_reach(self, tensor: gs.Tensor) -> bool:
         """Whether the score depends on more than the tokens that stand for no position."""
         layout, extent = self.layouts[tensor.name], self.extents.get(tensor.name, ALL)
-        if extent == ALL or extent.axis != layout.others:
-            return True
+        if extent.axis != layout.others:
+            return extent != NOTHING
         prefix = layout.prefix(tensor)
         return prefix is not None and extent.size > prefix
 

@@ -6,54 +6,30 @@ On the way an axis is a product of parts, so that a reshape can merge and split 
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphgbp.axes import BATCH, CHANNELS, DIRECTIONS, TOKENS, Axes, Axis, Part, maps, positions_of, reshaped, settled
 from graphgbp.image import Image
-from graphgbp.nodes import axes_of, permutation
+from graphgbp.nodes import axes_of, permutation, slices
 from graphgbp.prepare import View
 
 _CHANNELS_FIRST = {
-    "Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool",
-    "BatchNormalization", "InstanceNormalization", "GroupNormalization", "LRN", "DepthToSpace", "SpaceToDepth",
+    "Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool",
+    "DepthToSpace", "SpaceToDepth",
 }  # fmt: skip
+_NORMS_OF_CHANNELS_FIRST = {"BatchNormalization", "InstanceNormalization", "GroupNormalization", "LRN"}
 _ENDS = {
     "Col2Im", "Compress", "Einsum", "Expand", "GRU", "Gather", "GatherElements", "GatherND", "Gemm", "If", "LSTM",
-    "Loop", "MaxRoiPool", "OneHot", "RNN", "ReverseSequence", "RoiAlign", "Scan", "ScatterElements", "ScatterND",
-    "Tile", "TopK",
+    "Loop", "MatMulInteger", "MaxRoiPool", "OneHot", "QLinearMatMul", "RNN", "ReverseSequence", "RoiAlign", "Scan",
+    "ScatterElements", "ScatterND", "Tile", "TopK",
 }  # fmt: skip
 _OF_FIRST_INPUT = {"Attention", "GridSample", "LayerNormalization", "RMSNormalization", "Resize", "Pad"}
-_BATCH, _CHANNELS, _TOKENS, _DIRECTIONS = "N", "C", "T", ("0", "1", "2")
 _TOKENS_RANK = 3
-
-
-class Part(NamedTuple):
-    """A factor of an axis, with the tensor and the axis whose size is its own.
-
-    It counts images ("N"), channels ("C"), or positions: along the first direction "0", the second "1", the third "2".
-    Of a split direction, "0" counts the coarser steps and "0'" those within one. "T" counts tokens: the last ones
-    stand for the positions `of`, those in front (class, distillation, register tokens) for none.
-    """
-
-    counts: str
-    tensor: gs.Tensor
-    axis: int
-    of: tuple["Part", ...] = ()
-
-    @property
-    def size(self) -> int | str:
-        size: int | str = self.tensor.shape[self.axis]
-        return size
-
-
-Axis = tuple[Part, ...]
-Axes = tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +69,7 @@ Layouts = dict[str, Layout]
 
 def find_layouts(view: View, images: Iterable[Image]) -> Layouts:
     """The layout of every tensor that has one, by name."""
-    known = {x.tensor.name: _maps(x.tensor, x.layout.index("C")) for x in images if x.layout is not None}
+    known = {x.tensor.name: maps(x.tensor, x.layout.index("C")) for x in images if x.layout is not None}
     for node in view.graph.nodes:
         known.update((y.name, axes) for y, axes in _made_by(node, known) if y.name)
     for node in reversed(view.graph.nodes):
@@ -106,28 +82,15 @@ def find_layouts(view: View, images: Iterable[Image]) -> Layouts:
 def _layout(axes: Axes) -> Layout | None:
     """The layout of a tensor with an axis of images, an axis of channels, and every position on the others."""
     counts = ["".join(part.counts for part in axis) for axis in axes]
-    if counts.count(_BATCH) != 1 or counts.count(_CHANNELS) != 1:
+    if counts.count(BATCH) != 1 or counts.count(CHANNELS) != 1:
         return None
-    batch, channels = counts.index(_BATCH), counts.index(_CHANNELS)
+    batch, channels = counts.index(BATCH), counts.index(CHANNELS)
     places = tuple(index for index in range(len(axes)) if index not in (batch, channels))
-    others = next((index for index in places if counts[index] == _TOKENS), None)
-    positions = tuple(part for index in places for part in _positions(axes[index]))
-    straight = all(a.counts < b.counts for a, b in pairwise(positions)) and {p.counts for p in positions} <= {
-        *_DIRECTIONS
-    }
+    others = next((index for index in places if counts[index] == TOKENS), None)
+    positions = tuple(part for index in places for part in positions_of(axes[index]))
+    directions = [part.counts for part in positions]
+    straight = set(directions) <= {*DIRECTIONS} and all(a < b for a, b in pairwise(directions))
     return Layout(batch, channels, places, positions, others) if positions and straight else None
-
-
-def _positions(axis: Axis) -> Axis:
-    return tuple(position for part in axis for position in (part.of if part.counts == _TOKENS else (part,)))
-
-
-def _maps(y: gs.Tensor, channel_axis: int, source: Axes | None = None) -> Axes:
-    """Images, as many as the source has, channels, and a direction of positions on each further axis."""
-    counts = [_BATCH, *map(str, range(len(y.shape) - 2))]
-    counts.insert(channel_axis, _CHANNELS)
-    images = next((part for axis in source or () for part in axis if part.counts == _BATCH), Part(_BATCH, y, 0))
-    return ((images,), *((Part(count, y, axis),) for axis, count in enumerate(counts) if axis))
 
 
 # -- from what makes a tensor -------------------------------------------------------------------------------
@@ -135,43 +98,26 @@ def _maps(y: gs.Tensor, channel_axis: int, source: Axes | None = None) -> Axes:
 
 def _made_by(node: gs.Node, known: Mapping[str, Axes]) -> Iterator[tuple[gs.Tensor, Axes]]:
     for y in node.outputs:
-        if y.shape is not None and node.domain in (None, "", "ai.onnx"):
+        if _is_read(node, y):
             axes = _axes_of_output(node, y, known)
             if axes is not None and len(axes) == len(y.shape):
-                yield y, _settled(axes, y)
+                yield y, settled(axes, y)
+
+
+def _is_read(node: gs.Node, tensor: gs.Tensor) -> bool:
+    return tensor.shape is not None and node.domain in (None, "", "ai.onnx")
 
 
 def _axes_of_output(node: gs.Node, y: gs.Tensor, known: Mapping[str, Axes]) -> Axes | None:
-    if node.op in _CHANNELS_FIRST:
-        return _maps(y, 1, known.get(node.inputs[0].name)) if len(y.shape) > 2 else None
+    if node.op in _CHANNELS_FIRST | _NORMS_OF_CHANNELS_FIRST:
+        source = known.get(node.inputs[0].name)
+        kept = source and node.op in _NORMS_OF_CHANNELS_FIRST and _counts_at(source, 1) == [CHANNELS]
+        return source if kept else maps(y, 1, source) if len(y.shape) > 2 else None
     if node.op == "Concat":
         return _concatenated(node, y, known)
     if node.op in _MOVES:
         return _MOVES[node.op](node, y, known[node.inputs[0].name]) if node.inputs[0].name in known else None
     return None if node.op in _ENDS else _kept(node, y, known)
-
-
-def _settled(axes: Axes, y: gs.Tensor) -> Axes:
-    """The axes of y, each with as few parts as can be, and what is only one part measured by y itself."""
-    settled = tuple(_settled_axis(axis, y, index) for index, axis in enumerate(axes))
-    if any(part.counts.endswith("'") for axis in settled for part in axis):
-        return settled
-    return tuple(tuple(p._replace(of=()) if p.counts in _DIRECTIONS else p for p in axis) for axis in settled)
-
-
-def _settled_axis(axis: Axis, y: gs.Tensor, index: int) -> Axis:
-    parts: list[Part] = []
-    for part in axis:
-        coarse = parts[-1] if parts else None
-        if coarse and part.counts == f"{coarse.counts}'" and part.of == coarse.of:
-            parts[-1:] = part.of
-        else:
-            parts.append(part)
-    counts = {part.counts for part in parts}
-    if _CHANNELS in counts and not counts & {_BATCH, _TOKENS, *_DIRECTIONS}:
-        return (Part(_CHANNELS, y, index),)
-    measured = len(parts) == 1 and parts[0].counts != _BATCH  # every tensor holds as many images
-    return (parts[0]._replace(tensor=y, axis=index),) if measured else tuple(parts)
 
 
 def _kept(node: gs.Node, y: gs.Tensor, known: Mapping[str, Axes]) -> Axes | None:
@@ -215,32 +161,29 @@ def _unsqueezed(node: gs.Node, y: gs.Tensor, axes: Axes) -> Axes:
 def _multiplied(node: gs.Node, y: gs.Tensor, axes: Axes) -> Axes | None:
     """A dense layer over channels that stand last."""
     weight = node.inputs[1]
-    dense = [part.counts for part in axes[-1]] == [_CHANNELS] and weight.shape is not None and len(weight.shape) == 2
+    dense = _counts_at(axes, -1) == [CHANNELS] and weight.shape is not None and len(weight.shape) == 2
     return axes if dense else None
 
 
 def _sliced(node: gs.Node, y: gs.Tensor, axes: Axes) -> Axes | None:
-    """A part of the positions in order; of tokens only those in front may go."""
+    """Channels or images in part, every n-th position of a direction; of tokens only those in front may go."""
     if not all(isinstance(x, gs.Constant) for x in node.inputs[1:] if not x.is_empty()):
         return None
     left = list(axes)
     for index, start, end, step in slices(node):
-        if step < 1 or (len(axes[index]) > 1 and y.shape[index] != node.inputs[0].shape[index]):
+        size, counts = node.inputs[0].shape[index], _counts_at(axes, index)
+        to_the_end = end >= size if isinstance(size, int) else end == np.inf
+        if counts == [TOKENS] and step == 1 and to_the_end and (rest := _without_front(axes[index][0], start)):
+            left[index] = rest
+        elif counts not in ([BATCH], [CHANNELS]) and not (
+            to_the_end and 0 <= start < step and (step == 1 or (len(counts) == 1 and counts != [TOKENS]))
+        ):
             return None
-        if _holds_tokens(axes[index]):
-            cut = _without_front(axes[index][0], start) if step == 1 and end >= _size(axes[index][0]) else None
-            if cut is None:
-                return None
-            left[index] = cut
     return tuple(left)
 
 
-def _holds_tokens(axis: Axis) -> bool:
-    return [part.counts for part in axis] == [_TOKENS]
-
-
-def _size(part: Part) -> float:
-    return part.size if isinstance(part.size, int) else np.inf
+def _counts_at(axes: Axes, index: int) -> list[str]:
+    return [part.counts for part in axes[index]]
 
 
 def _without_front(tokens: Part, count: int) -> Axis | None:
@@ -252,27 +195,14 @@ def _without_front(tokens: Part, count: int) -> Axis | None:
     return tokens.of if count == others and others else (tokens,)
 
 
-def slices(node: gs.Node) -> Iterator[tuple[int, int, float, int]]:
-    """(axis, start, end, step) of a Slice whose inputs are known; an end beyond any size is infinite."""
-    x = node.inputs[0]
-    starts, ends, *rest = ([] if t.is_empty() else t.values.reshape(-1).tolist() for t in node.inputs[1:])
-    axes, steps = (*rest, [], [])[:2]
-    count = len(starts)
-    for axis, start, end, step in zip(axes or range(count), starts, ends, steps or [1] * count, strict=True):
-        size = x.shape[axis]
-        if isinstance(size, int):
-            start, end = (bound + size if bound < 0 else min(bound, size) for bound in (start, end))
-        yield axis % len(x.shape), start, end if end < np.iinfo(np.int32).max else np.inf, step
-
-
 def _split(node: gs.Node, y: gs.Tensor, axes: Axes) -> Axes | None:
     """The pieces of the channels; of tokens the last piece, where only others stand before it."""
     index = node.attrs.get("axis", 0) % len(axes)
-    if [part.counts for part in axes[index]] == [_CHANNELS]:
+    if _counts_at(axes, index) == [CHANNELS]:
         return axes
     before = [piece.shape and piece.shape[index] for piece in node.outputs[:-1]]
     known = [size for size in before if isinstance(size, int)]
-    if not _holds_tokens(axes[index]) or y is not node.outputs[-1] or len(known) < len(before):
+    if _counts_at(axes, index) != [TOKENS] or y is not node.outputs[-1] or len(known) < len(before):
         return None
     cut = _without_front(axes[index][0], sum(known))
     return None if cut is None else (*axes[:index], cut, *axes[index + 1 :])
@@ -284,13 +214,13 @@ def _concatenated(node: gs.Node, y: gs.Tensor, known: Mapping[str, Axes]) -> Axe
     index = node.attrs["axis"] % len(y.shape)
     if not found or any(_counts(axes) != _counts(found[0]) for axes in found):
         return None
-    axes, joined = found[0], [part.counts for part in found[0][index]]
-    if joined == [_CHANNELS]:
+    axes, joined = found[0], _counts_at(found[0], index)
+    if joined == [CHANNELS]:
         return axes
     behind = len(found) == 1 and node.inputs[-1].name in known and len(axes) == _TOKENS_RANK
-    if not behind or not joined or not set(joined) <= {_TOKENS, *_DIRECTIONS}:
+    if not behind or not joined or not set(joined) <= {TOKENS, *DIRECTIONS}:
         return None
-    tokens = Part(_TOKENS, y, index, _positions(axes[index]))
+    tokens = Part(TOKENS, y, index, positions_of(axes[index]))
     return (*axes[:index], (tokens,), *axes[index + 1 :])
 
 
@@ -298,75 +228,10 @@ def _rank(x: gs.Tensor) -> int:
     return -1 if x.shape is None else len(x.shape)
 
 
-# -- reshapes: products cut at other places -----------------------------------------------------------------
-
-
-def _reshaped(node: gs.Node, y: gs.Tensor, axes: Axes) -> Axes | None:
-    """The same elements in the same order: where the sizes before a cut multiply to the same, or those behind it."""
-    parts = [part for axis in axes for part in axis]
-    images = _names_of_images(node.inputs[0], axes)
-    before, after = (_by_name(sizes, images) for sizes in (node.inputs[0].shape, y.shape))
-    if len(before) == len(after) and sum(a != b for a, b in zip(before, after, strict=True)) <= 1:
-        return axes
-    before = _by_name([part.size for part in parts], images)
-    made: list[Axis] = []
-    done = 0
-    while len(made) < len(after) or done < len(parts):
-        steps = _steps(len(parts) - done, len(after) - len(made))
-        took, gave = next((s for s in steps if _cut(before, after, done + s[0], len(made) + s[1])), (0, 0))
-        taken = tuple(parts[done : done + took])
-        pieces = _pieces(taken[0], y, len(made), gave) if took == 1 and gave > 1 else [taken] * gave
-        if took + gave == 0 or pieces is None:
-            return None
-        made += pieces
-        done += took
-    return tuple(made)
-
-
-def _names_of_images(x: gs.Tensor, axes: Axes) -> set[int | str]:
-    """The symbols by which the number of images goes."""
-    own = {x.shape[index] for index, axis in enumerate(axes) if [part.counts for part in axis] == [_BATCH]}
-    return {
-        size
-        for size in {part.size for axis in axes for part in axis if part.counts == _BATCH} | own
-        if isinstance(size, str)
-    }
-
-
-def _by_name(sizes: Iterable[int | str], images: set[int | str]) -> list[int | str]:
-    return [_BATCH if size in images else size for size in sizes]
-
-
-def _steps(parts: int, axes: int) -> Iterator[tuple[int, int]]:
-    """How many parts may make how many axes: one of one, none of one, one of several, several of one."""
-    pairs = [(1, 1), (0, 1), (1, 0), *((1, n) for n in range(2, axes + 1)), *((n, 1) for n in range(2, parts + 1))]
-    return ((p, a) for p, a in pairs if p <= parts and a <= axes)
-
-
-def _cut(before: Sequence[int | str], after: Sequence[int | str], i: int, j: int) -> bool:
-    """Whether a reshape's cut behind the i-th size stands behind the j-th of its output."""
-    return _product(before[:i]) == _product(after[:j]) or _product(before[i:]) == _product(after[j:])
-
-
-def _product(sizes: Sequence[int | str]) -> tuple[int, Counter[str]]:
-    """What sizes multiply to, open ones by name."""
-    known = math.prod(size for size in sizes if isinstance(size, int))
-    return known, Counter(size for size in sizes if isinstance(size, str))
-
-
-def _pieces(part: Part, y: gs.Tensor, first: int, count: int) -> list[Axis] | None:
-    """A part split over axes of y: channels stay channels, a direction becomes coarse steps and steps within."""
-    if part.counts == _CHANNELS:
-        return [(Part(_CHANNELS, y, first + index),) for index in range(count)]
-    if count > 2 or not part.counts.isdigit() or part.of:
-        return None
-    return [(Part(part.counts, y, first, (part,)),), (Part(f"{part.counts}'", y, first + 1, (part,)),)]
-
-
 _MOVES: dict[str, Callable[[gs.Node, gs.Tensor, Axes], Axes | None]] = {
     "Transpose": _transposed,
-    "Reshape": _reshaped,
-    "Flatten": _reshaped,
+    "Reshape": lambda node, y, axes: reshaped(node.inputs[0], y, axes),
+    "Flatten": lambda node, y, axes: reshaped(node.inputs[0], y, axes),
     "Squeeze": _squeezed,
     "Unsqueeze": _unsqueezed,
     "Slice": _sliced,
@@ -381,30 +246,27 @@ _MOVES: dict[str, Callable[[gs.Node, gs.Tensor, Axes], Axes | None]] = {
 def _told_by_reader(node: gs.Node, known: Mapping[str, Axes]) -> Iterator[tuple[gs.Tensor, Axes]]:
     """The inputs whose axes follow from the node that reads them."""
     x = node.inputs[0] if node.inputs else None
-    if (
-        not isinstance(x, gs.Variable)
-        or not node.outputs
-        or x.shape is None
-        or node.domain not in (None, "", "ai.onnx")
-    ):
+    if not isinstance(x, gs.Variable) or not node.outputs or not _is_read(node, x):
         return
     y = node.outputs[0]
-    if node.op in _CHANNELS_FIRST:
-        yield x, _maps(x, 1)
+    if node.op in _CHANNELS_FIRST | _NORMS_OF_CHANNELS_FIRST:
+        yield x, maps(x, 1)
     elif node.op == "ReduceMean" and (axis := _spared_by_mean(node)) is not None:
-        yield x, _maps(x, axis)
+        yield x, maps(x, axis)
     elif y.name in known and node.op == "Transpose":
         perm = permutation(node)
-        yield x, _settled(tuple(known[y.name][perm.index(axis)] for axis in range(len(perm))), x)
+        yield x, settled(tuple(known[y.name][perm.index(axis)] for axis in range(len(perm))), x)
     elif y.name in known and node.op not in _ENDS | _MOVES.keys() | _OF_FIRST_INPUT | {"Concat"}:
         axes = known[y.name]
         same = [x for x in node.inputs if isinstance(x, gs.Variable) and x.shape is not None and _alike(y, x, axes)]
-        yield from ((x, _settled(axes, x)) for x in same)
+        yield from ((x, settled(axes, x)) for x in same)
 
 
 def _spared_by_mean(node: gs.Node) -> int | None:
-    """The channel axis of a map whose mean over all positions is taken."""
-    rank = len(node.inputs[0].shape)
+    """The channel axis of a map of which nothing is read but the mean over all positions."""
+    rank = len(node.inputs[0].shape) if len(node.inputs[0].outputs) == 1 else 0
+    if not rank:
+        return None
     axes = axes_of(node, rank)
     spared = sorted(set(range(1, rank)) - set(axes))
     return spared[0] if rank > 3 and len(spared) == 1 and 0 not in axes else None

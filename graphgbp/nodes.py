@@ -1,10 +1,11 @@
 """Reading nodes of an onnx_graphsurgeon graph: their names, their order, what they read, their ONNX form."""
 
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from itertools import count
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
@@ -68,6 +69,19 @@ def axes_of(node: gs.Node, rank: int) -> list[int]:
     given = node.inputs[1] if len(node.inputs) > 1 else None
     axes = given.values.reshape(-1).tolist() if isinstance(given, gs.Constant) else node.attrs.get("axes") or []
     return [axis % rank for axis in axes]
+
+
+def slices(node: gs.Node) -> Iterator[tuple[int, int, float, int]]:
+    """(axis, start, end, step) of a Slice whose inputs are known; an end beyond any size is infinite."""
+    x = node.inputs[0]
+    starts, ends, *rest = ([] if t.is_empty() else t.values.reshape(-1).tolist() for t in node.inputs[1:])
+    axes, steps = (*rest, [], [])[:2]
+    axes, steps = axes or range(len(starts)), steps or [1] * len(starts)
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        size = x.shape[axis]
+        if isinstance(size, int):
+            start, end = (bound + size if bound < 0 else min(bound, size) for bound in (start, end))
+        yield axis % len(x.shape), start, end if end < np.iinfo(np.int32).max else np.inf, step
 
 
 def node_proto(node: gs.Node) -> onnx.NodeProto:

@@ -17,6 +17,7 @@ FLOORS = [
     ["prepare", "equivalence"],
     ["opset", "backward", "rectifiers", "append"],
     ["policies", "image", "source"],
+    ["axes"],
     ["layouts", "operators"],
     ["extents", "attention"],
     ["layers"],
