@@ -197,6 +197,7 @@ OPERATORS: dict[str, Operator] = {
     "LRN": _lrn,
     "MatMul": lambda inputs, _: inputs[0] @ inputs[1],
     "MaxPool": _max_pool,
+    "Mod": lambda inputs, _: inputs[0] % inputs[1],
     "Mul": lambda inputs, _: inputs[0] * inputs[1],
     "Pad": _pad,
     "ReduceMean": _mean,
