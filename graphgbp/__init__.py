@@ -20,6 +20,7 @@ from graphgbp.errors import (
     TargetError,
     UnsupportedError,
     UnsupportedOperatorError,
+    VerificationError,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from graphgbp.model_file import save
     from graphgbp.operators import Operator, ops
     from graphgbp.recipe import Recipe
+    from graphgbp.verification import Verification, verify
 
 _HOME = {
     "convert": "conversion",
@@ -48,6 +50,8 @@ _HOME = {
     "ops": "operators",
     "Operator": "operators",
     "Recipe": "recipe",
+    "Verification": "verification",
+    "verify": "verification",
     **dict.fromkeys(
         ("Explainer", "Result", "Saliency", "GuidedBackprop", "DeconvNet", "GradCAM", "GuidedGradCAM"), "explainer"
     ),
@@ -76,11 +80,14 @@ __all__ = [
     "TargetError",
     "UnsupportedError",
     "UnsupportedOperatorError",
+    "Verification",
+    "VerificationError",
     "__version__",
     "convert",
     "inspect",
     "ops",
     "save",
+    "verify",
     "vjp",
 ]
 

@@ -23,6 +23,13 @@ def run(model: onnx.ModelProto, feeds: Feeds) -> list[Any]:
     return _Session(model).run(feeds)
 
 
+def outputs_of(model: onnx.ModelProto, feeds: Feeds) -> dict[str, Any]:
+    """The model's outputs by name; feeds it has no input for are left out. Raises RunError."""
+    needed = {value.name for value in model.graph.input}
+    values = run(model, {name: x for name, x in feeds.items() if name in needed})
+    return dict(zip((output.name for output in model.graph.output), values, strict=True))
+
+
 def run_on_random_input(model: onnx.ModelProto, weights: Feeds) -> tuple[Feeds, list[Any] | None, list[str]]:
     """Input on which the model runs, its outputs, and what was tried in vain before.
 

@@ -11,7 +11,8 @@
     |   `-- TargetError             5   a class out of range, labels of a wrong shape
     |-- ImageError                  6   a photo that cannot be read, an array that does not fit
     |-- DeviceError                 7   the asked device cannot be had
-    `-- OutputError                 8   a result cannot be written
+    |-- OutputError                 8   a result cannot be written
+    `-- VerificationError           9   a converted file is not what it says it is
 
 Exit code 2 is a command line that does not parse.
 """
@@ -77,3 +78,9 @@ class OutputError(GraphgbpError):
     """A result cannot be written: it exists, the folder is missing, or no space is left."""
 
     exit_code = 8
+
+
+class VerificationError(GraphgbpError):
+    """A converted file does not stand up to its source: a check of `verify` failed."""
+
+    exit_code = 9

@@ -8,7 +8,7 @@ import graphgbp
 PACKAGE = Path(graphgbp.__file__).parent
 
 FLOORS = [
-    ["errors", "contract", "symbols", "_version"],
+    ["errors", "contract", "symbols", "_version", "kernels"],
     ["shapes"],
     ["files"],
     ["emit", "registry", "model_file"],
@@ -30,7 +30,7 @@ FLOORS = [
     ["runtime", "feeds", "photo", "panel"],
     ["recipe", "picture"],
     ["result"],
-    ["explainer"],
+    ["explainer", "verification"],
     ["cli"],
     ["__main__"],
 ]

@@ -11,6 +11,7 @@ from graphgbp.cli.convert import convert
 from graphgbp.cli.explain import explain
 from graphgbp.cli.inspect import inspect
 from graphgbp.cli.ops import ops
+from graphgbp.cli.verify import verify
 
 __all__ = ["main"]
 
@@ -24,4 +25,5 @@ def main() -> None:
 main.add_command(inspect)
 main.add_command(convert)
 main.add_command(explain)
+main.add_command(verify)
 main.add_command(ops)

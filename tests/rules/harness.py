@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import graphgbp
-from tests.kernels import missing_kernels
+from graphgbp.kernels import missing_kernels
 
 CUDA = "CUDAExecutionProvider"
 Dynamic = bool | Mapping[int, Sequence[int]]  # every size of every input symbolic, or these axes of these inputs

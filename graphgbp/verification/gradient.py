@@ -1,0 +1,238 @@
+"""Is the plain gradient right? Held against central differences of the original model, in double precision.
+
+The file itself is evaluated in double too, so what is compared is its mathematics: a wrong, missing or foreign part of
+the gradient shows down to a thousandth. ONNX Runtime's float32 numbers are then held against those.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+
+from graphgbp import contract
+from graphgbp.equivalence import Feeds, RunError, outputs_of
+from graphgbp.errors import GraphgbpError
+from graphgbp.jacobian import vjp
+from graphgbp.model_file import read_manifest
+from graphgbp.verification.differences import DOUBLE, FLOAT32, Difference, Precision, differences
+from graphgbp.verification.double import DoubleError, DoubleModel
+from graphgbp.verification.masks import Mask, masked_maps
+from graphgbp.verification.report import PASS, Check, failed, passed, unchecked
+from graphgbp.verification.subject import Subject, norm, part_for
+
+FLOAT32_DISTANCE = 0.1  # relative L2: ReLUs near zero switch in float32, a few per cent in deep random networks
+_AGREEMENT = 1e-3  # of the largest value: the reference evaluator computes what ONNX Runtime computes
+
+
+class Evaluator(Protocol):
+    """A model that can be run on named feeds, and leaves aside those it has no input for."""
+
+    def run(self, names: Sequence[str], feeds: Feeds) -> list[np.ndarray]: ...
+
+
+class _Runtime:
+    """ONNX Runtime, where the reference evaluator cannot run a model."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
+        kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+        self._types = {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in kinds.items()}
+
+    def run(self, names: Sequence[str], feeds: Feeds) -> list[np.ndarray]:
+        typed = {name: x.astype(self._types[name]) for name, x in feeds.items() if name in self._types}
+        found = outputs_of(self._model, typed)
+        return [found[name] for name in names]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A gradient that a file gives, of S = the sum of tensors of the original model times their weights.
+
+    `moved` are tensors of `graph`, the original model, each with the tensor of `file` that carries dS/d it; `scored`
+    the tensors that make S, each with its weights, or with the tensor of `file` that carries them. `feeds` are all
+    inputs of both.
+    """
+
+    words: str
+    graph: onnx.ModelProto
+    moved: Mapping[str, str]
+    scored: Sequence[tuple[str, np.ndarray | str]]
+    file: onnx.ModelProto
+    feeds: Feeds
+
+
+def check_gradients(subject: Subject) -> list[Check]:
+    """The plain gradient by the inputs, and by each target layer whose gradient the file gives out."""
+    checks = [held(subject, "gradient", _input_claim)]
+    for qualifier, gradient in subject.roles(contract.GRADCAM_GRADIENTS):
+        layer = next(x for x in subject.manifest.target_layers if qualifier in ("", x["name"]))["tensor"]
+        name = "layer gradient" + (f" {qualifier}" if qualifier else "")
+        checks.append(held(subject, name, partial(_layer_claim, layer=layer, gradient=gradient)))
+    return checks
+
+
+def check_masked_gradient(subject: Subject, policy: str, masks: Sequence[Mask]) -> Check:
+    """A guided or deconvnet map between its masks, where it is the plain gradient of the pieces of the network."""
+    return held(subject, f"{policy} gradient", partial(_masked_claim, policy=policy, masks=masks))
+
+
+def held(subject: Subject, name: str, make: Callable[[Subject], Claim]) -> Check:
+    """A claim held against central differences: in double precision, else in float32."""
+    if subject.obstacle:
+        return unchecked(name, subject.obstacle)
+    try:
+        claim = make(subject)
+    except GraphgbpError as error:
+        return unchecked(name, f"no gradient could be made to check: {error}")
+    try:
+        return _held(name, claim, subject.point, DOUBLE, DoubleModel)
+    except DoubleError as error:
+        reason = str(error)
+    try:
+        found = _held(name, claim, subject.point, FLOAT32, _Runtime)
+    except RunError as error:
+        return failed(name, f"ONNX Runtime does not run the file: {error}")
+    return Check(name, found.status, f"{found.detail} (no double precision: {reason})", found.figures)
+
+
+# -- what is claimed -------------------------------------------------------------------------------------------------
+
+
+def _input_claim(subject: Subject) -> Claim:
+    """The gradient by the inputs: the file's own, or where it holds only other maps, one made afresh by the engine."""
+    manifest, feeds = subject.manifest, {**subject.point, **subject.targets}
+    if manifest.kind == "vjp":
+        moved = {role.removesuffix("_grad"): x for role, x in manifest.names.items() if x not in subject.targets}
+        scored = [(y, subject.targets[name]) for y, name in subject.seeded.items()]
+        words = f"of {len(scored)} outputs by {len(moved)} inputs"
+        return Claim(words, subject.whole_forward, moved, scored, subject.whole, feeds)
+    z, inputs = manifest.score["tensor"], [entry["name"] for entry in manifest.inputs]
+    graph = subject.graph_of(z)
+    own = {qualifier or inputs[0]: name for qualifier, name in subject.roles(contract.SALIENCY)}
+    if own:
+        return Claim("the file's saliency", graph, own, [(z, subject.w)], subject.whole, feeds)
+    afresh = vjp(part_for(graph, [z]), inputs=inputs, outputs=[z])
+    made = read_manifest(afresh)
+    assert made is not None
+    words = "the engine's gradient for this model (the file holds none by the input)"
+    moved = {x: made.names[f"{x}_grad"] for x in inputs}
+    return Claim(words, graph, moved, [(z, subject.w)], afresh, {**feeds, made.names[f"{z}_grad"]: subject.w})
+
+
+def _layer_claim(subject: Subject, layer: str, gradient: str) -> Claim:
+    """The gradient by a target layer, of the original model from that layer on."""
+    z = subject.manifest.score["tensor"]
+    feeds = {**subject.point, **subject.targets}
+    words = f"'{gradient}' by '{layer}'"
+    return Claim(words, subject.graph_of(z, layer), {layer: gradient}, [(z, subject.w)], subject.whole, feeds)
+
+
+def _masked_claim(subject: Subject, policy: str, masks: Sequence[Mask]) -> Claim:
+    """The network cut at its rectifiers: what reaches each y, and the inputs, of the masked cotangents of every x."""
+    z = subject.manifest.score["tensor"]
+    maps = masked_maps(subject, policy)
+    moved = {**maps, **{mask.y: mask.arrived for mask in masks}}
+    scored: list[tuple[str, np.ndarray | str]] = [(z, subject.w), *((mask.x, mask.passed_on) for mask in masks)]
+    graph = subject.graph_of(z, *(name for mask in masks for name in (mask.x, mask.y)))
+    words = f"{len(maps)} {policy} map{'s' * (len(maps) > 1)}, cut at {len(masks)} rectifiers,"
+    return Claim(words, graph, moved, scored, subject.whole, {**subject.point, **subject.targets})
+
+
+# -- held against differences ------------------------------------------------------------------------------------------
+
+
+def _held(
+    name: str,
+    claim: Claim,
+    inputs: Feeds,
+    precision: Precision,
+    evaluator: Callable[[onnx.ModelProto], Evaluator],
+) -> Check:
+    carried = [weight for _, weight in claim.scored if isinstance(weight, str)]
+    wanted = list(dict.fromkeys([*claim.moved.values(), *carried]))
+    file = part_for(claim.file, wanted)
+    values = dict(zip(wanted, evaluator(file).run(wanted, claim.feeds), strict=True))
+    gradient = {tensor: values[name].astype(np.float64) for tensor, name in claim.moved.items()}
+    terms = [(x, values[weight] if isinstance(weight, str) else weight) for x, weight in claim.scored]
+    inside = [tensor for tensor in claim.moved if tensor not in inputs]
+    scored = list(dict.fromkeys(tensor for tensor, _ in terms))
+    original = evaluator(part_for(claim.graph, scored, inside))
+    point = {tensor: inputs[tensor].astype(np.float64) for tensor in claim.moved if tensor in inputs}
+    if inside:
+        found = evaluator(part_for(claim.graph, inside)).run(inside, inputs)
+        point |= {tensor: x.astype(np.float64) for tensor, x in zip(inside, found, strict=True)}
+    if not precision.large:
+        _require_agreement(claim, inputs, scored, original.run(scored, {**inputs, **point}))
+    fault = _shape_fault(point, gradient)
+    if fault:
+        return failed(name, fault)
+    if not norm(gradient):
+        return unchecked(name, f"{claim.words}: it is zero on random input, so its size cannot be checked")
+
+    def score(x: Feeds) -> float:
+        z = dict(zip(scored, original.run(scored, {**inputs, **x}), strict=True))
+        return sum(float(np.sum(weight * z[tensor])) for tensor, weight in terms)
+
+    check = _judge(name, claim.words, differences(score, point, gradient, precision), precision)
+    return check if precision.large else _with_float32(check, file, claim, gradient)
+
+
+def _require_agreement(claim: Claim, inputs: Feeds, names: Sequence[str], values: Sequence[np.ndarray]) -> None:
+    """Raise DoubleError where the reference evaluator computes something else than ONNX Runtime."""
+    outputs = outputs_of(part_for(claim.graph, names), inputs)
+    for tensor, value in zip(names, values, strict=True):
+        expected = outputs[tensor]
+        off = np.abs(value - expected).max(initial=0) if value.shape == expected.shape else np.inf
+        if not off <= _AGREEMENT * max(float(np.abs(expected).max(initial=0)), 1e-30):
+            raise DoubleError(f"ONNX's reference evaluator gives other values of '{tensor}' than ONNX Runtime")
+
+
+def _shape_fault(point: Feeds, gradient: Feeds) -> str | None:
+    for tensor, x in point.items():
+        if gradient[tensor].shape != x.shape:
+            return f"the gradient by '{tensor}' has shape {list(gradient[tensor].shape)}, expected {list(x.shape)}"
+        if not np.isfinite(gradient[tensor]).all():
+            return f"the gradient by '{tensor}' is not finite on random input"
+    return None
+
+
+def _judge(name: str, words: str, found: Sequence[Difference], precision: Precision) -> Check:
+    settled = [difference for difference in found if difference.settled]
+    worst = max(settled, key=lambda difference: difference.error, default=None)
+    figures: dict[str, Any] = {"tolerance": precision.tolerance, "directions": [d.to_dict() for d in found]}
+    if worst is None:
+        return unchecked(name, f"{words}: every step along every direction crosses a kink", **figures)
+    figures["error"] = worst.error
+    if worst.error > precision.tolerance:
+        detail = (
+            f"{words}: along {worst.direction} it claims a slope of {worst.claimed:.6g}, and central differences "
+            f"{precision.words} give {worst.measured:.6g} (error {worst.error:.1e}, tolerance {precision.tolerance:g})"
+        )
+        return failed(name, detail, **figures)
+    if len(settled) <= len(found) / 2 or not found[0].settled:
+        return unchecked(
+            name, f"{words}: {len(found) - len(settled)} of {len(found)} directions cross kinks", **figures
+        )
+    return passed(
+        name,
+        f"{words} equals central differences {precision.words} along {len(settled)} directions: "
+        f"error {worst.error:.1e}, tolerance {precision.tolerance:g}",
+        **figures,
+    )
+
+
+def _with_float32(check: Check, file: onnx.ModelProto, claim: Claim, gradient: Feeds) -> Check:
+    """The check, and how far ONNX Runtime's float32 gradient lies from the one in double."""
+    try:
+        found = _Runtime(file).run(list(claim.moved.values()), claim.feeds)
+    except RunError as error:
+        return failed(check.name, f"ONNX Runtime does not run the file: {error}")
+    off = {tensor: x - gradient[tensor] for tensor, x in zip(claim.moved, found, strict=True)}
+    distance = norm(off) / norm(gradient)
+    figures = {**check.figures, "float32_distance": distance}
+    if check.status == PASS and not distance <= FLOAT32_DISTANCE:
+        return failed(check.name, f"ONNX Runtime's float32 gradient lies {distance:.1e} from the double one", **figures)
+    return Check(check.name, check.status, f"{check.detail}; in float32 {distance:.1e} from it", figures)

@@ -1,0 +1,273 @@
+"""The file under verification: its source, found or recovered; and the one place where its inputs are made."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from graphgbp import contract, model_file
+from graphgbp.contract import Manifest
+from graphgbp.equivalence import Feeds, RunError, outputs_of, run_on_random_input
+from graphgbp.errors import ModelFileError
+from graphgbp.source import ModelLike, raised, read, weights_folder
+from graphgbp.verification.targets import default_targets, weights
+
+_EVERYTHING = 2**62
+_RAISED = f"{contract.SCOPE}/raised/"  # mended nodes of a raised source: part of the forward graph
+
+
+@dataclass(frozen=True)
+class Original:
+    """The model that a file was converted from, as it was read. `origin` says where from."""
+
+    model: onnx.ModelProto
+    folder: Path | None
+    origin: str
+    fingerprint: dict[str, Any]
+
+
+class Subject:
+    """A converted file and what it is held against.
+
+    `original` is None where it was not given, does not lie beside the file and cannot be recovered from it. `forward`
+    is the graph that was appended to: the original at opset 16 or newer, else the file without what was appended.
+    Raises ModelFileError where the file is not converted, MissingWeightsError where weights are not found.
+    """
+
+    def __init__(self, model: ModelLike, source: ModelLike | None) -> None:
+        self.model = read(model)
+        self.path = None if isinstance(model, onnx.ModelProto) else Path(model)
+        self.folder = weights_folder(model)
+        manifest = model_file.read_manifest(self.model)
+        if manifest is None:
+            where = f"'{self.path}'" if self.path else "the model"
+            raise ModelFileError(f"{where} is not converted: it holds no manifest; run graphgbp convert on it first")
+        self.manifest: Manifest = manifest
+        self.original = self._given(source) if source is not None else self._found()
+        if self.original is None:
+            self.forward = _without_appended(self.model)
+        else:
+            self.forward, _ = raised(self.original.model, self.original.folder)
+
+    def _given(self, source: ModelLike) -> Original:
+        model = read(source)
+        name = "the source" if isinstance(source, onnx.ModelProto) else f"'{source}'"
+        model_file.refuse_converted(model, name)
+        origin = "given" if isinstance(source, onnx.ModelProto) else str(source)
+        fingerprint = model_file.fingerprint(source, model_file.external_locations(model))
+        return Original(model, weights_folder(source), origin, fingerprint)
+
+    def _found(self) -> Original | None:
+        """The source beside the file, known by its fingerprint; else the file without what was appended, if equal."""
+        wanted = self.manifest.source.get("sha256")
+        for path in _beside(self.path):
+            if model_file.fingerprint(path, [])["sha256"] == wanted:
+                return self._given(path)
+        if self.manifest.opset is not None:
+            return None
+        recovered = _without_appended(self.model)
+        fingerprint = model_file.fingerprint(recovered, [])
+        if fingerprint["sha256"] != wanted:
+            return None
+        if self.folder is not None:
+            locations = model_file.external_locations(recovered)
+            files = {name: model_file.fingerprint(self.folder / name, [])["sha256"] for name in locations}
+            fingerprint |= {"external_data": files} if files else {}
+        return Original(recovered, self.folder, "recovered", fingerprint)
+
+    # -- the graph ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def appended(self) -> list[onnx.NodeProto]:
+        """The nodes that bear a name of ours."""
+        return [node for node in self.model.graph.node if is_appended(node.name)]
+
+    @property
+    def opset(self) -> int:
+        return next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
+
+    @cached_property
+    def whole(self) -> onnx.ModelProto:
+        """The file with its external weights read in."""
+        return model_file.with_small_weights(self.model, self.folder, _EVERYTHING)
+
+    @cached_property
+    def whole_original(self) -> onnx.ModelProto:
+        assert self.original is not None
+        return model_file.with_small_weights(self.original.model, self.original.folder, _EVERYTHING)
+
+    @cached_property
+    def whole_forward(self) -> onnx.ModelProto:
+        folder = self.folder if self.original is None else self.original.folder
+        return model_file.with_small_weights(self.forward, folder, _EVERYTHING)
+
+    def graph_of(self, *tensors: str) -> onnx.ModelProto:
+        """The forward graph; for tensors in its functions and branches the file, which computes them again."""
+        there = model_file.tensor_names(self.whole_forward)
+        return self.whole_forward if there.issuperset(tensors) else self.whole
+
+    # -- its inputs -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def run_of_forward(self) -> tuple[Feeds, list[Any] | None, list[str]]:
+        """Random input of the original model, its outputs by ONNX Runtime, and what was tried in vain."""
+        model = self.whole_forward
+        values = {tensor.name: tensor for tensor in model.graph.initializer}
+        weights = {x.name: numpy_helper.to_array(values[x.name]) for x in model.graph.input if x.name in values}
+        return run_on_random_input(model, weights)
+
+    @property
+    def point(self) -> Feeds:
+        """Random input of the original model, on which everything is evaluated."""
+        return self.run_of_forward[0]
+
+    @cached_property
+    def obstacle(self) -> str | None:
+        """Why nothing can be run; None where the original model runs and gives its score."""
+        _, outputs, failures = self.run_of_forward
+        if outputs is None:
+            return f"ONNX Runtime does not run the original model: {'; '.join(failures)}"
+        if self.manifest.score:
+            try:
+                _ = self.z
+            except RunError as error:
+                return f"the score cannot be read from the original model: {error}"
+        return None
+
+    @cached_property
+    def z(self) -> np.ndarray:
+        """The scores at that point, by the original model; raises RunError."""
+        tensor = self.manifest.score["tensor"]
+        return np.asarray(outputs_of(part_for(self.graph_of(tensor), [tensor]), self.point)[tensor])
+
+    @cached_property
+    def targets(self) -> Feeds:
+        """What is fed beside that input, by public name."""
+        return default_targets(self) if self.manifest.score else self.cotangents
+
+    @cached_property
+    def cotangents(self) -> Feeds:
+        """Of a vjp file: a drawn cotangent for each output that takes one, by public name."""
+        rng = np.random.default_rng(1)
+        outputs = dict(zip((y.name for y in self.forward.graph.output), self.run_of_forward[1] or [], strict=False))
+        return {name: rng.standard_normal(outputs[y].shape).astype(outputs[y].dtype) for y, name in self.seeded.items()}
+
+    @property
+    def seeded(self) -> dict[str, str]:
+        """Of a vjp file: the outputs that take a cotangent, and the input that carries it."""
+        inputs = {value.name for value in self.model.graph.input}
+        return {role.removesuffix("_grad"): name for role, name in self.manifest.names.items() if name in inputs}
+
+    @cached_property
+    def w(self) -> np.ndarray:
+        """dS/dz for these targets."""
+        return weights(self, self.z, self.targets)
+
+    @property
+    def images(self) -> int:
+        return int(self.z.shape[0]) if self.manifest.score["per_image"] else 1
+
+    @property
+    def classes(self) -> int:
+        score = self.manifest.score
+        if score["two_classes_in_one"]:
+            return 2
+        return 1 if score["class_axis"] is None else int(self.z.shape[score["class_axis"]])
+
+    @cached_property
+    def is_probability(self) -> bool:
+        """Whether the score is what the final activation gives, and not what that takes."""
+        score = self.manifest.score
+        return bool(score["activation"]) and any(
+            score["tensor"] in node.output and node.op_type == score["activation"] for node in self.forward.graph.node
+        )
+
+    def public(self, role: str) -> str | None:
+        """The tensor that carries a role."""
+        return self.manifest.names.get(role)
+
+    def roles(self, method: str) -> Iterator[tuple[str, str]]:
+        """(what it is qualified by, tensor) for each role of a method: ("", "saliency"), or one for each input."""
+        for role, name in self.manifest.names.items():
+            if contract.method_of(role) == method:
+                yield role.partition("/")[2], name
+
+
+def _beside(path: Path | None) -> list[Path]:
+    """The other models in a file's folder."""
+    return [] if path is None else [other for other in sorted(path.parent.glob("*.onnx")) if other.name != path.name]
+
+
+def part_for(model: onnx.ModelProto, names: Sequence[str], cut: Sequence[str] = ()) -> onnx.ModelProto:
+    """The part of a model that makes the named tensors, as its outputs, of its inputs and of the tensors in `cut`."""
+    graph = model.graph
+    needed, nodes = set(names) - set(cut), []
+    for node in reversed(graph.node):
+        if not needed.isdisjoint(node.output):
+            nodes.append(_without_outputs(node, cut))
+            needed.update(_read_by(node) - set(cut))
+    part = onnx.ModelProto(ir_version=model.ir_version, functions=model.functions, opset_import=model.opset_import)
+    part.graph.name = graph.name or "part"
+    part.graph.node.extend(reversed(nodes))
+    part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
+    part.graph.input.extend(value for value in graph.input if value.name in needed)
+    part.graph.input.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in cut)
+    known = {value.name: value for value in graph.output}
+    part.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in dict.fromkeys(names))
+    return part
+
+
+def _without_outputs(node: onnx.NodeProto, names: Sequence[str]) -> onnx.NodeProto:
+    if set(names).isdisjoint(node.output):
+        return node
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.output[:] = ["" if name in names else name for name in node.output]
+    return copy
+
+
+def _read_by(node: onnx.NodeProto) -> set[str]:
+    """What a node reads, also from inside its subgraphs."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            names.update(output.name for output in inner.output)
+            names.update(name for child in inner.node for name in _read_by(child))
+    return names - {""}
+
+
+def norm(arrays: Feeds) -> float:
+    """The Euclidean length of several arrays as one."""
+    return float(np.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in arrays.values())))
+
+
+def _without_appended(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without what bears a name of ours: nodes, initializers, inputs, outputs, the manifest."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    manifest = model_file.read_manifest(model)
+    public = set(manifest.names.values()) if manifest else set()
+    graph = copy.graph
+    parts: list[tuple[Any, Callable[[Any], bool]]] = [
+        (graph.node, lambda node: is_appended(node.name)),
+        (graph.initializer, lambda tensor: is_appended(tensor.name) or tensor.name in public),
+        (graph.input, lambda value: value.name in public),
+        (graph.output, lambda value: value.name in public),
+        (copy.metadata_props, lambda entry: entry.key == contract.MANIFEST_KEY),
+    ]
+    for field, is_ours in parts:
+        kept = [entry for entry in field if not is_ours(entry)]
+        if len(kept) < len(field):
+            copies = [type(entry).FromString(entry.SerializeToString()) for entry in kept]
+            del field[:]
+            field.extend(copies)
+    return copy
+
+
+def is_appended(name: str) -> bool:
+    return name.startswith(f"{contract.SCOPE}/") and not name.startswith(_RAISED)

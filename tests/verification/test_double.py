@@ -1,0 +1,79 @@
+"""The evaluator in double precision: the same values as ONNX Runtime's, at any geometry."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from graphgbp.verification.double import DoubleError, DoubleModel, in_double
+from tests.build import drawn, model
+from tests.rules.harness import run, single_op
+
+GEOMETRIES = [
+    {},
+    {"strides": [2, 3], "pads": [1, 0, 2, 1]},
+    {"dilations": [2, 1], "pads": [2, 1, 0, 1]},
+    {"strides": [2, 2], "dilations": [1, 2], "pads": [1, 1, 1, 1]},
+]
+
+
+def equal(op: str, inputs: list[np.ndarray], outputs: int = 1, **attributes: object) -> None:
+    made = single_op(op, inputs, opset=18, outputs=outputs, **attributes)
+    feeds = {f"x{index}": value for index, value in enumerate(inputs)}
+    names = [f"y{index}" for index in range(outputs)]
+    expected = run(made, feeds)
+    for name, found in zip(names, DoubleModel(made).run(names, feeds), strict=True):
+        assert found.dtype == (np.float64 if expected[name].dtype == np.float32 else expected[name].dtype)
+        np.testing.assert_allclose(found, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_convolutions(geometry, group):
+    x = drawn(2, 4, 7, 8, seed=1)
+    equal("Conv", [x, drawn(8, 4 // group, 3, 2), drawn(8)], group=group, **geometry)
+    equal("ConvTranspose", [x, drawn(4, 3, 3, 2), drawn(3 * group)], group=group, **geometry)
+
+
+def test_one_and_three_dimensions():
+    equal("Conv", [drawn(2, 4, 9), drawn(6, 4, 3)], strides=[2], pads=[1, 0])
+    equal("Conv", [drawn(1, 2, 4, 5, 6), drawn(3, 2, 2, 3, 2)], pads=[0, 1, 0, 1, 0, 1])
+    equal("ConvTranspose", [drawn(2, 4, 5), drawn(4, 3, 3)], strides=[2], output_padding=[1])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_max_pooling_and_its_indices(geometry):
+    flat = np.zeros((1, 2, 8, 8), np.float32)
+    for x in (drawn(2, 3, 8, 9), flat):
+        equal("MaxPool", [x], outputs=2, kernel_shape=[3, 3], **geometry)
+
+
+def test_what_is_left_to_the_evaluator():
+    x = drawn(1, 2, 7, 7)
+    equal("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER")
+    equal("Conv", [x, drawn(3, 2, 3, 3)], auto_pad="SAME_UPPER")
+
+
+@pytest.mark.parametrize("reduction", ["none", "add", "mul", "max", "min"])
+def test_scattering(reduction):
+    indices = np.array([[0, 2, -1], [1, 0, 1]]) if reduction == "none" else np.array([[0, 0, -1], [0, 1, -1]])
+    equal("ScatterElements", [drawn(4, 3), indices, drawn(2, 3, seed=1)], axis=0, reduction=reduction)
+
+
+def test_constants_and_casts_are_double():
+    nodes = ["c = Constant<value_float = 0.1>()", "k = Cast<to = 1>(n)", "a = Mul(x, c)", "y = Add(a, k)"]
+    made = model(nodes, {"x": (3,)}, ["y"], {"n": np.array([1, 2, 3])})
+    (y,) = DoubleModel(made).run(["y"], {"x": np.full(3, 1e-12)})
+    assert y.dtype == np.float64
+    np.testing.assert_array_equal(
+        y - [1, 2, 3], np.full(3, 1e-12) * np.float64(np.float32(0.1)) + [1, 2, 3] - [1, 2, 3]
+    )
+    assert {value.type.tensor_type.elem_type for value in in_double(made).graph.input} == {onnx.TensorProto.DOUBLE}
+
+
+def test_what_it_cannot_run_is_an_error_of_its_own():
+    info = helper.make_tensor_value_info("x", 1, [2])
+    graph = helper.make_graph([helper.make_node("Foo", ["x"], ["y"], domain="acme")], "g", [info], [])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("acme", 1)]
+    with pytest.raises(DoubleError, match="Foo"):
+        DoubleModel(helper.make_model(graph, opset_imports=opsets))
