@@ -218,7 +218,8 @@ def _last(layers: Sequence[Layer]) -> Layer:
         last = named[last.node.inputs[0].name]
     makers = _makers(last.tensor, 3)
     if [node.op for node in makers] == ["Relu", "BatchNormalization", "Concat"]:
-        return named.get(makers[1].outputs[0].name, last)
+        normalized = named.get(makers[1].outputs[0].name)
+        return replace(normalized, reason=f"{normalized.reason}; it normalizes a concatenation") if normalized else last
     return last
 
 

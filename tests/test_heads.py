@@ -10,6 +10,7 @@ import graphgbp
 from graphgbp.analysis import Analysis
 from graphgbp.prepare import prepare
 from tests.build import drawn, model, small_cnn
+from tests.kernels import missing_kernels
 from tests.maps import assert_maps_equal
 from tests.rules.harness import run
 
@@ -67,6 +68,15 @@ def test_maps_of_sequences_pictures_and_volumes(directions, last, mode, opset):
     assert got["gradcam"].shape == ((2, *size, 1) if last else (2, 1, *size))
     assert_maps_equal(got, {"gradcam": np.moveaxis(expected, 1, -1) if last else expected}, f"{directions} {mode}")
     assert (got["gradcam"] < 0).any()
+
+
+@pytest.mark.parametrize("provider", ["CPUExecutionProvider", "CUDAExecutionProvider"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("directions", [1, 2, 3])
+def test_what_is_appended_has_kernels(directions, mode, provider):
+    source = network(directions, open_sizes=True)
+    made = graphgbp.convert(source, ["gradcam"], interpolate_mode=mode)
+    assert not missing_kernels(provider, made, list(made.graph.node[len(source.graph.node) :]))
 
 
 @pytest.mark.parametrize("directions", [1, 3])
