@@ -219,9 +219,21 @@ def _other_mode(mode: str, key: str, value: str) -> Wrap:
     return _while(heads, "INTERPOLATE_MODES", modes)
 
 
+def _first_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    """As many tokens as there are positions, from the front."""
+
+    def faulty(g: Any, layout: Any, sizes: Any, x: Any) -> Any:
+        if layout.others is None:
+            return x
+        kept = original(g, layout, sizes, x)
+        return g.slice(x, [0], [g.size(kept, layout.others)], [layout.others])
+
+    return faulty
+
+
 def _one_earlier(original: Callable[..., Any]) -> Callable[..., Any]:
-    def faulty(view: Any, found: Any, request: str, *rest: Any) -> Any:
-        chosen = original(view, found, request, *rest)
+    def faulty(search: Any, request: str) -> Any:
+        chosen, found = original(search, request), search.candidates
         index = next((i for i, layer in enumerate(found) if layer.tensor.name == chosen.tensor.name), 0)
         return found[index - 1] if request == "auto" and index else chosen
 
@@ -270,7 +282,9 @@ _STEPS = [
             ("nearest", "nearest_mode", "ceil"),
         )
     ),
-    _fault("auto layer: one earlier", layers, "choose", _one_earlier),
+    _fault("auto layer: one earlier", layers.LayerSearch, "choose", _one_earlier),
+    _fault("auto layer: positions always reach", layers.LayerSearch, "_positions_reach", lambda _: lambda *_: True),
+    _fault("Grad-CAM of tokens: those in front not left out", heads, "_at_positions", _first_tokens),
     _fault("score: behind the Softmax", score, "find_score", _probability),
     *(
         _fault(f"seed: {attribute} times 1.05", owner, attribute, _scaled_seed)
