@@ -82,10 +82,10 @@ def nondifferentiable(op: str, versions: Iterable[int], domain: str = "") -> Non
         _add((domain, op, version), NONDIFFERENTIABLE)
 
 
-def unsupported(op: str, versions: Iterable[int], reason: Callable[[gs.Node], str]) -> None:
+def unsupported(op: str, versions: Iterable[int], reason: Callable[[gs.Node], str], domain: str = "") -> None:
     """Say why the listed since_versions of an operator cannot have a rule; without this it is said that none exists."""
     for version in versions:
-        _add(("", op, version), Unsupported(reason))
+        _add((domain, op, version), Unsupported(reason))
 
 
 def _add(key: Key, entry: Entry) -> None:

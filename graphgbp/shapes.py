@@ -46,6 +46,8 @@ def infer_node(
     """
     if node.op_type in _LIKE_FIRST_INPUT and not node.domain and node.input[0] in types:
         return {node.output[0]: types[node.input[0]]}
+    if (node.domain, node.op_type) == ("ai.onnx.ml", "Scaler") and node.input[0] in types:
+        return {node.output[0]: TensorType(onnx.TensorProto.FLOAT, types[node.input[0]].shape)}
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     inputs = [name for name in dict.fromkeys(node.input) if name and name in types]
     found = shape_inference.infer_node_outputs(

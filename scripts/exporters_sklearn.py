@@ -19,6 +19,8 @@ from sklearn.datasets import load_digits
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 OPSET = 18
 METHODS = ("saliency", "guided_backprop")
@@ -37,6 +39,21 @@ def many_classes(**options: Any) -> Case:
     pixels, classes = digits()
     network = MLPClassifier((32, 16), max_iter=80, random_state=0).fit(pixels, classes)
     return _case(network, options, np.array([3, 1, 4, 5]))
+
+
+def pipeline() -> Case:
+    """A StandardScaler before the network: exported as a Scaler of ai.onnx.ml."""
+    pixels, classes = digits()
+    both = make_pipeline(StandardScaler(), MLPClassifier((32, 16), max_iter=80, random_state=0)).fit(pixels, classes)
+    model = to_onnx(both, pixels[:1], options={"zipmap": False}, target_opset=OPSET)
+    images, targets = pixels[ROWS], np.array([3, 1, 4, 5])
+    scaler, network = both[0], both[1]
+
+    def scaled(features: None) -> Reference:
+        found = reference(network, scaler.transform(images), targets, features)
+        return Reference({name: value / scaler.scale_ for name, value in found.maps.items()}, found.float32)
+
+    return Case(model, "skl2onnx", images, targets, scaled, METHODS)
 
 
 def two_classes() -> Case:
@@ -122,6 +139,7 @@ def boosting() -> Case:
 CASES = {
     "MLPClassifier with ZipMap": many_classes,
     "MLPClassifier, zipmap=False": partial(many_classes, zipmap=False),
+    "MLPClassifier behind a StandardScaler": pipeline,
     "MLPClassifier of two classes": two_classes,
     "MLPRegressor": regressor,
     "LogisticRegression": logistic,

@@ -3,6 +3,7 @@
 from graphgbp.rules import (
     activation,
     attention,
+    classical,
     control_flow,
     convolution,
     einsum,
@@ -25,6 +26,7 @@ from graphgbp.rules import (
 __all__ = [
     "activation",
     "attention",
+    "classical",
     "control_flow",
     "convolution",
     "einsum",

@@ -20,7 +20,11 @@ CUDA = "CUDAExecutionProvider"
 Dynamic = bool | Mapping[int, Sequence[int]]  # every size of every input symbolic, or these axes of these inputs
 Evaluate = Callable[[onnx.ModelProto, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 TorchFunction = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
-NOT_INFERRED = ("GroupNormalization", "MeanVarianceNormalization")  # y has x's type, which ONNX's inference cannot tell
+NOT_INFERRED = (
+    "GroupNormalization",
+    "MeanVarianceNormalization",
+    "Scaler",
+)  # y has x's type, which ONNX's inference cannot tell
 
 
 def single_op(
@@ -52,7 +56,10 @@ def single_op(
     if op in NOT_INFERRED:
         results[0].type.CopyFrom(infos[0].type)
     graph = helper.make_graph([node], "single", infos, results, initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    imports = [helper.make_opsetid("", opset)]
+    if "domain" in attributes:
+        imports.append(helper.make_opsetid(attributes["domain"], 1))
+    model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
     return model if op in NOT_INFERRED else onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
