@@ -49,7 +49,7 @@ def pipeline() -> Case:
     images, targets = pixels[ROWS], np.array([3, 1, 4, 5])
     scaler, network = both[0], both[1]
 
-    def scaled(features: None) -> Reference:
+    def scaled(features: np.ndarray | None) -> Reference:
         found = reference(network, scaler.transform(images), targets, features)
         return Reference({name: value / scaler.scale_ for name, value in found.maps.items()}, found.float32)
 
@@ -78,7 +78,7 @@ def _case(network: Network, options: dict[str, Any], targets: np.ndarray) -> Cas
     return Case(model, "skl2onnx", images, targets, partial(reference, network, images, targets), METHODS)
 
 
-def reference(network: Network, images: np.ndarray, targets: np.ndarray, features: None) -> Reference:
+def reference(network: Network, images: np.ndarray, targets: np.ndarray, features: np.ndarray | None) -> Reference:
     exact, single = (
         {
             name: gradient(network, images.astype(dtype), targets, guided)

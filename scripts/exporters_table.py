@@ -95,7 +95,7 @@ def measure(kind: str, network: str, case: Case) -> Row:
     try:
         explained = graphgbp.convert(case.model, case.methods)
     except graphgbp.GraphgbpError as error:
-        row.refused = " ".join(str(error).split())
+        row.refused = "; ".join(line.strip() for line in str(error).splitlines())
         return row
     row.seconds = time.perf_counter() - start
     row.nodes = len(case.model.graph.node), len(explained.graph.node)
@@ -163,8 +163,7 @@ def write(rows: Mapping[str, Row], folder: Path) -> None:
 
 
 def page(rows: list[Row]) -> str:
-    introduction = (Path(__file__).parent / "exporters.md.in").read_text("utf-8")
-    parts = [introduction.rstrip()]
+    parts = [(Path(__file__).parent / "exporters.md.in").read_text("utf-8").rstrip()]
     for kind, title in KINDS.items():
         here = [row for row in rows if row.kind == kind]
         if here:
