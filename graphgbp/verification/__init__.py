@@ -10,6 +10,7 @@ gradient        the plain gradient equals central differences of the source, in 
 layer gradient  the same for Grad-CAM's target layers
 rectifiers      the manifest lists those of the source
 masks           each rectifier is masked, in the graph and in numbers
+grad-cam        features, Grad-CAM and Guided Grad-CAM are as worked out again in numpy
 kernels         every appended node has one in ONNX Runtime, on the CPU and on CUDA
 
 A check that cannot be made is said to be unchecked, never passed.
@@ -21,6 +22,7 @@ from graphgbp import contract
 from graphgbp.errors import GraphgbpError
 from graphgbp.smooth import Activation
 from graphgbp.source import ModelLike
+from graphgbp.verification.cams import check_cams
 from graphgbp.verification.forward import check_forward, check_score
 from graphgbp.verification.gradient import check_gradients, check_masked_gradient
 from graphgbp.verification.integrity import check_appended, check_fingerprint, check_guard, check_names
@@ -60,6 +62,7 @@ def _checks(subject: Subject) -> Iterator[Check]:
     yield from check_gradients(subject)
     if subject.manifest.kind == "explanation":
         yield from _check_policies(subject)
+        yield from (check for check in (check_cams(subject),) if check)
     yield from check_kernels(subject)
 
 

@@ -1,7 +1,8 @@
-"""Four operators for ONNX's reference evaluator, which computes them slowly: element by element, or by huge copies.
+"""Operators for ONNX's reference evaluator in place of its own.
 
-Each loops over the taps of its window and treats all positions at once. What is not covered (auto_pad, ceil_mode, ...)
-goes to the evaluator's own.
+Its windows and its scattering are slow, element by element or by huge copies: here each loops over the taps of its
+window and treats all positions at once. It refuses negative pads and indices smaller than the data, and takes the
+largest number of nothing for a global maximum. What is not covered here (auto_pad, ceil_mode) goes to the evaluator's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -112,22 +113,53 @@ class MaxPool(ReferenceMaxPool):
         return (best, place)[: len(self.output)]
 
 
+class GlobalMaxPool(OpRun):
+    op_domain = ""
+
+    def _run(self, x: np.ndarray) -> tuple[np.ndarray]:
+        return (x.max(tuple(range(2, x.ndim)), keepdims=True),)
+
+
+class Pad(OpRun):
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, pads: np.ndarray, value: Any = None, axes: Any = None, mode: str = "constant") -> Any:
+        """Negative pads cut off."""
+        amounts = np.zeros((x.ndim, 2), np.int64)
+        amounts[slice(None) if axes is None else axes] = np.reshape(pads, (2, -1)).T
+        x = x[tuple(slice(max(0, -a), n - max(0, -z)) for n, (a, z) in zip(x.shape, amounts, strict=True))]
+        fill = {} if mode != "constant" else {"constant_values": 0 if value is None else np.asarray(value).item()}
+        return (np.pad(x, np.maximum(amounts, 0), mode=mode, **fill),)  # type: ignore[call-overload]
+
+
+class GatherElements(OpRun):
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, indices: np.ndarray, axis: Any = None) -> tuple[np.ndarray]:
+        return (x[_places(x, indices, axis)],)
+
+
 class ScatterElements(OpRun):
     op_domain = ""
 
     def _run(
         self, x: np.ndarray, indices: np.ndarray, updates: np.ndarray, axis: Any = None, reduction: Any = None
     ) -> tuple[np.ndarray]:
-        axis = (axis or 0) % x.ndim
-        places: list[np.ndarray] = list(np.indices(indices.shape, sparse=True))
-        places[axis] = np.where(indices < 0, indices + x.shape[axis], indices)
-        y = x.copy()
+        y, places = x.copy(), _places(x, indices, axis)
         if reduction in (None, "none"):
-            y[tuple(places)] = updates
+            y[places] = updates
         else:
-            _REDUCTIONS[reduction].at(y, tuple(places), updates)
+            _REDUCTIONS[reduction].at(y, places, updates)
         return (y,)
 
 
+def _places(x: np.ndarray, indices: np.ndarray, axis: int | None) -> tuple[np.ndarray, ...]:
+    """What the indices along an axis stand for, as numpy indexes x."""
+    along = (axis or 0) % x.ndim
+    places: list[np.ndarray] = list(np.indices(indices.shape, sparse=True))
+    places[along] = np.where(indices < 0, indices + x.shape[along], indices)
+    return tuple(places)
+
+
 _REDUCTIONS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
-OPERATORS = [Conv, ConvTranspose, MaxPool, ScatterElements]
+OPERATORS = [Conv, ConvTranspose, MaxPool, GlobalMaxPool, Pad, GatherElements, ScatterElements]

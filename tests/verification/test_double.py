@@ -54,6 +54,22 @@ def test_what_is_left_to_the_evaluator():
     equal("Conv", [x, drawn(3, 2, 3, 3)], auto_pad="SAME_UPPER")
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
+def test_pads_negative_too(mode):
+    x = drawn(2, 5, 6)
+    equal("Pad", [x, np.array([0, 1, 2, 0, 2, 1])], mode=mode)
+    equal("Pad", [x, np.array([-1, 1]), np.asarray(3, np.float32), np.array([2])], mode=mode)
+
+
+def test_the_global_maximum():
+    equal("GlobalMaxPool", [-np.abs(drawn(2, 3, 4, 5)) - 1])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_gathering_fewer(axis):
+    equal("GatherElements", [drawn(4, 3), np.array([[0, 2, -1], [1, 0, 1]])], axis=axis)
+
+
 @pytest.mark.parametrize("reduction", ["none", "add", "mul", "max", "min"])
 def test_scattering(reduction):
     indices = np.array([[0, 2, -1], [1, 0, 1]]) if reduction == "none" else np.array([[0, 0, -1], [0, 1, -1]])
