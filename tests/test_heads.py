@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 import graphgbp
 from graphgbp.analysis import Analysis
+from graphgbp.kernels import missing_kernels
 from graphgbp.prepare import prepare
 from tests.build import drawn, model, small_cnn
-from tests.kernels import missing_kernels
 from tests.maps import assert_maps_equal
 from tests.rules.harness import run
 
