@@ -1,9 +1,10 @@
 """Networks of keras.applications through tf2onnx, held against TensorFlow and xplique.
 
-Rectifiers count as xplique counts them, except in two places. xplique lets gradient through a ReLU6 above 6, where
-its derivative is 0; and it takes the ReLU6 inside a hard sigmoid for a rectifier. The float64 maps close the one and
-leave the other alone; how far xplique's own maps are from its own rule in float64 is the float32 distance, and what
-the two differences amount to is said in a remark.
+Rectifiers count as xplique counts them, except in three places. xplique lets gradient through a ReLU6 above 6, where
+its derivative is 0; it takes the ReLU6 inside a hard sigmoid for a rectifier; and tf2onnx makes one of the ReLUs that
+read the same tensor, which xplique has apart. The float64 maps close the first, leave the second alone and merge the
+third; how far xplique's own maps are from its own rule in float64 is the float32 distance, and what the differences
+amount to is said in a remark.
 """
 
 from __future__ import annotations
@@ -18,29 +19,16 @@ import numpy as np
 import onnx
 import tensorflow as tf
 from exporters_table import IMAGES, Case, Reference, distance, ranked
+from keras_networks import CLASSES, SIZES, build, draw, drawn_images, without_softmax
 from xplique.attributions import GradCAM, GuidedBackprop
 
-CLASSES = 100
-SIZES = {
-    "ConvNeXtTiny": 96,
-    "DenseNet121": 96,
-    "EfficientNetB0": 96,
-    "EfficientNetV2B0": 96,
-    "InceptionV3": 139,
-    "MobileNet": 96,
-    "MobileNetV2": 96,
-    "MobileNetV3Small": 96,
-    "NASNetMobile": 96,
-    "ResNet50": 96,
-    "ResNet50V2": 96,
-    "VGG16": 96,
-    "Xception": 96,
-}
 GATED = {"MobileNetV3Small"}  # every ReLU6 of it is the inside of a hard sigmoid
 ABOVE_6 = "it lets gradient through a ReLU6 above 6, where the derivative is 0"
 WHY = {
     "MobileNet": ABOVE_6,
     "MobileNetV2": ABOVE_6,
+    "NASNetMobile": "tf2onnx makes one of the ReLUs that read the same tensor, and the rule masks the sum of what "
+    "arrives there; xplique's ReLUs stay apart",
     "MobileNetV3Small": "it takes the ReLU6 inside each hard sigmoid for a rectifier",
 }
 
@@ -49,11 +37,11 @@ Open = Callable[[tf.Tensor, float], tf.Tensor]
 
 def case(name: str) -> Case:
     keras.utils.set_random_seed(0)
-    network = export_keras.build(name, SIZES[name], CLASSES)
+    network = build(name, SIZES[name], CLASSES)
     rng = np.random.default_rng(1)
-    export_keras.draw(network, rng)
+    draw(network, rng)
     model = export_keras.export(network)
-    images = export_keras.drawn_images(network, IMAGES, rng)
+    images = drawn_images(network, IMAGES, rng)
     targets = ranked(network(images).numpy())
     return Case(model, "tf2onnx", images, targets, partial(reference, name, network.get_weights(), images, targets))
 
@@ -62,7 +50,7 @@ def reference(
     name: str, weights: list[np.ndarray], images: np.ndarray, targets: np.ndarray, features: np.ndarray | None
 ) -> Reference:
     assert features is not None
-    single, exact = (_without_softmax(name, weights, dtype) for dtype in ("float32", "float64"))
+    single, exact = (without_softmax(name, weights, dtype) for dtype in ("float32", "float64"))
     place = _place(single, images, features)
     labels = np.eye(CLASSES, dtype=np.float32)[targets]
     xplique = np.asarray(GuidedBackprop(single, reducer=None)(images, labels))
@@ -70,7 +58,7 @@ def reference(
     maps = {
         "saliency": gradient(exact, images, targets),
         "guided_backprop": gradient(
-            guided(exact, lambda x, bound: (x > 0) & (x < bound), name in GATED), images, targets
+            guided(exact, lambda x, bound: (x > 0) & (x < bound), but_gates=name in GATED, merged=True), images, targets
         ),
         "gradcam": gradcam(exact, place, images, targets),
     }
@@ -85,16 +73,8 @@ def reference(
     }
     remarks = [] if named else ["xplique knows no layer there (a sum), so TensorFlow's own Grad-CAM stands in for it"]
     if rules := distance(as_xplique, maps["guided_backprop"]):
-        remarks.append(f"xplique's guided rule is {rules:.0e} from the published one, both in float64: {WHY[name]}")
+        remarks.append(f"xplique's guided map is {rules:.0e} from the published rule's, both in float64: {WHY[name]}")
     return Reference(maps, float32, remarks)
-
-
-def _without_softmax(name: str, weights: list[np.ndarray], dtype: str) -> keras.Model:
-    keras.config.set_dtype_policy(dtype)
-    network = export_keras.build(name, SIZES[name], CLASSES, classifier_activation=None)
-    keras.config.set_dtype_policy("float32")
-    network.set_weights(weights)
-    return network
 
 
 def _place(network: keras.Model, images: np.ndarray, features: np.ndarray) -> int:
@@ -145,26 +125,38 @@ def _resized(cam: tf.Tensor, images: np.ndarray) -> np.ndarray:
     return tf.image.resize(cam[..., None], images.shape[1:3]).numpy()
 
 
-def guided(network: keras.Model, is_open: Open, but_gates: bool = False) -> keras.Model:
-    """A copy whose rectifiers let positive gradients through where they are open; the inside of gates is left alone."""
+def guided(network: keras.Model, is_open: Open, *, but_gates: bool = False, merged: bool = False) -> keras.Model:
+    """A copy whose rectifiers let positive gradients through where they are open.
+
+    The inside of gates is left alone where asked for; `merged` makes one of the rectifiers that read the same tensor.
+    """
     copy = keras.models.clone_model(network)
     copy.set_weights(network.get_weights())
+    made: dict[Any, tf.Tensor] | None = {} if merged else None
     for layer in copy.layers:
         if isinstance(layer, keras.layers.ReLU):
             if not (but_gates and layer.max_value == 6):
-                layer.call = _rectifier(layer.max_value or np.inf, is_open)
+                layer.call = _rectifier(layer.max_value or np.inf, is_open, made)
         elif getattr(layer, "activation", None) is keras.activations.relu:
-            layer.activation = _rectifier(np.inf, is_open)
+            layer.activation = _rectifier(np.inf, is_open, made)
     return copy
 
 
-def _rectifier(bound: float, is_open: Open) -> Callable[[tf.Tensor], tf.Tensor]:
+def _rectifier(bound: float, is_open: Open, made: dict[Any, tf.Tensor] | None) -> Callable[[tf.Tensor], tf.Tensor]:
     @tf.custom_gradient
     def rectified(x: tf.Tensor) -> Any:
         zero = tf.zeros_like(x)
         return tf.clip_by_value(x, 0.0, bound), lambda dy: tf.where(is_open(x, bound), tf.maximum(dy, zero), zero)
 
-    return rectified
+    def once(x: tf.Tensor) -> tf.Tensor:
+        if made is None:
+            return rectified(x)
+        key = (x.ref(), bound)
+        if key not in made:
+            made[key] = rectified(x)
+        return made[key]
+
+    return once
 
 
 def small_residual() -> onnx.ModelProto:
@@ -199,7 +191,7 @@ def small_mobile() -> onnx.ModelProto:
 
 
 def _small(network: keras.Model) -> onnx.ModelProto:
-    export_keras.draw(network, np.random.default_rng(0))
+    draw(network, np.random.default_rng(0))
     return export_keras.export(network, opset=13)
 
 

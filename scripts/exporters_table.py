@@ -1,6 +1,7 @@
 """Hold graphgbp against each framework's own gradients, on the file that the framework's exporter writes.
 
     python scripts/exporters_table.py keras      # in the environment of scripts/requirements-keras.txt
+    python scripts/exporters_table.py keras_torch  # ... of scripts/requirements-keras-torch.txt
     python scripts/exporters_table.py paddle     # ... of scripts/requirements-paddle.txt
     python scripts/exporters_table.py jax        # ... of scripts/requirements-jax.txt
     python scripts/exporters_table.py sklearn    # ... of scripts/requirements-sklearn.txt
@@ -29,7 +30,13 @@ import graphgbp
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 IMAGES = 5
-KINDS = {"keras": "Keras", "paddle": "Paddle", "jax": "JAX", "sklearn": "scikit-learn and its like"}
+KINDS = {
+    "keras": "Keras",
+    "keras_torch": "Keras on torch",
+    "paddle": "Paddle",
+    "jax": "JAX",
+    "sklearn": "scikit-learn and its like",
+}
 SLACK, FLOOR = 3, 1e-4  # a float32 map may lie so many times as far from float64 as the framework's own, plus this
 HEADER = ("network", "exporter", "forward", "gradient", "guided", "Grad-CAM", "target layer", "nodes", "s", "verdict")
 
@@ -203,13 +210,13 @@ def main() -> None:
     cases: Mapping[str, Callable[[], Case]] = import_module(f"exporters_{arguments.kind}").CASES
     wrong = []
     for network in arguments.networks or cases:
-        rows = read(arguments.docs)
         name = f"{arguments.kind}/{network}"
-        if name not in rows or arguments.again:
-            rows[name] = measure(arguments.kind, network, cases[network]())
-            write(rows, arguments.docs)
-            print(_line(_cells(rows[name])), flush=True)
-        wrong += [network] if rows[name].verdict == "WRONG" else []
+        row = None if arguments.again else read(arguments.docs).get(name)
+        if row is None:
+            row = measure(arguments.kind, network, cases[network]())
+            write({**read(arguments.docs), name: row}, arguments.docs)
+            print(_line(_cells(row)), flush=True)
+        wrong += [network] if row.verdict == "WRONG" else []
     write(read(arguments.docs), arguments.docs)
     sys.exit(f"wrong: {', '.join(wrong)}" if wrong else None)
 
