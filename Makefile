@@ -2,12 +2,13 @@
 # make test       run the tests
 # make check      format, lint, types, tests
 # make mutation   put faults into the rules, one by one, and see that tests notice
+# make networks   measure the networks of torchvision and timm against torch: docs/networks.md
 # make clean      remove what the others made
 
 PYTHON ?= python3
 WORKERS ?= 2
 
-.PHONY: demo test check mutation clean
+.PHONY: demo test check mutation networks clean
 
 demo: .venv/installed
 	.venv/bin/graphgbp explain models/efficientnet_lite0.onnx models/coffee.png -o demo/ --force
@@ -25,8 +26,11 @@ check: .venv-test/installed
 mutation: .venv-test/installed
 	.venv-test/bin/python scripts/mutate_rules.py
 
+networks: .venv-networks/installed
+	.venv-networks/bin/python scripts/networks_table.py --again
+
 clean:
-	rm -rf .venv .venv-test demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-test .venv-networks demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Each environment is made once, and again when pyproject.toml changes.
 .venv/installed: EXTRAS =
@@ -34,4 +38,9 @@ clean:
 .venv/installed .venv-test/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --disable-pip-version-check -e '.$(EXTRAS)'
+	touch $@
+
+.venv-networks/installed: scripts/requirements-networks.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --disable-pip-version-check -r $< -e .
 	touch $@

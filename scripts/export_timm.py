@@ -1,7 +1,9 @@
 """Export a timm classifier to ONNX and write its explanation into it: NAME -> OUT.onnx, OUT.explained.onnx.
 
-pip install -r scripts/requirements-networks.txt -e .
-python scripts/export_timm.py vit_small_patch16_224 -o vit
+    pip install -r scripts/requirements-networks.txt -e .
+    python scripts/export_timm.py vit_small_patch16_224 -o vit
+
+Weights are drawn, unless --checkpoint names a state dict.
 """
 
 import torch_export

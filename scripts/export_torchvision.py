@@ -1,7 +1,9 @@
 """Export a torchvision classifier to ONNX and write its explanation into it: NAME -> OUT.onnx, OUT.explained.onnx.
 
-pip install -r scripts/requirements-networks.txt -e .
-python scripts/export_torchvision.py resnet50 -o resnet50 --exporter torchscript
+    pip install -r scripts/requirements-networks.txt -e .
+    python scripts/export_torchvision.py resnet50 -o resnet50 --exporter torchscript
+
+Weights are drawn, unless --checkpoint names a state dict.
 """
 
 import torch_export

@@ -133,30 +133,25 @@ class Reference:
 
 def refer(module: nn.Module, images: Tensor, task: Task, features: Sequence[np.ndarray]) -> Reference:
     """Everything torch has to say, `features` being those of the target layers that were chosen."""
-    double = reference.out_of_place(module, torch.float64)
-    own = reference.maps(double, images, task.score_of, guided=True)
-    seen = reference.relu_modules(double, images)
-    captum = 0 < seen == own.rectifiers
+    called, seen_by_captum = reference.rectifier_calls(module, images)
+    captum = 0 < seen_by_captum == called
 
-    def guided(network: nn.Module) -> np.ndarray:
+    def both(network: nn.Module) -> tuple[reference.Maps, np.ndarray]:
+        plain = reference.maps(network, images, task.score_of, features=features)
+        if not called:
+            return plain, plain.gradient
         if captum:
-            return reference.captum_guided(network, images, task.score_of)
-        return reference.maps(network, images, task.score_of, guided=True).gradient
+            return plain, reference.captum_guided(network, images, task.score_of)
+        return plain, reference.maps(network, images, task.score_of, guided=True).gradient
 
-    exact = guided(double) if captum else own.gradient
-    if reference.relative(own.gradient, exact) > 1e-9:
+    double = reference.out_of_place(module, torch.float64)
+    plain, guided = both(double)
+    own = reference.maps(double, images, task.score_of, guided=True).gradient if captum else guided
+    if reference.relative(own, guided) > 1e-9:
         raise AssertionError("Captum, and the guided rule laid over torch's functions, disagree in float64")
-    in_float32 = [
-        (reference.maps(single, images, task.score_of, features=features), guided(single))
-        for single in reference.in_float32(module, images)
-    ]
-    return Reference(
-        reference.maps(double, images, task.score_of, features=features),
-        exact,
-        "Captum" if captum else f"functions ({seen} modules)" if own.rectifiers else "no rectifier",
-        own.rectifiers,
-        in_float32,
-    )
+    by = "Captum" if captum else f"functions ({seen_by_captum} modules)" if called else "no rectifier"
+    in_float32 = [both(single) for single in reference.in_float32(module, images)]
+    return Reference(plain, guided, by, called, in_float32)
 
 
 @dataclass

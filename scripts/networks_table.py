@@ -1,10 +1,8 @@
 """Write docs/networks.md: every network by both of torch's exporters, against torch in float64.
 
-    python -m venv .venv-networks
-    .venv-networks/bin/pip install -r scripts/requirements-networks.txt -e .
-    .venv-networks/bin/python scripts/networks_table.py                # the rows that are missing
-    .venv-networks/bin/python scripts/networks_table.py --again        # all rows
-    .venv-networks/bin/python scripts/networks_table.py timm/vit_small_patch16_224
+    make networks                                                                  # all rows, environment included
+    .venv-networks/bin/python scripts/networks_table.py                            # the rows that are missing
+    .venv-networks/bin/python scripts/networks_table.py timm/vit_small_patch16_224 # these rows again
 
 Each network is measured in a process of its own, and its rows are kept in docs/networks.json as they come. The exit
 code is 1 where a row is wrong.

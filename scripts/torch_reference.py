@@ -132,7 +132,6 @@ class Maps:
 
     gradient: np.ndarray
     layers: list[LayerMaps]
-    rectifiers: int = 0
 
 
 def maps(
@@ -152,7 +151,7 @@ def maps(
         LayerMaps(name, layer.detach().numpy(), gradient.numpy())
         for (name, layer), gradient in zip(found, gradients, strict=True)
     ]
-    return Maps(dx.numpy(), layers, mode.rectifiers if isinstance(mode, GuidedMode) else 0)
+    return Maps(dx.numpy(), layers)
 
 
 def place(made: Sequence[tuple[str, Tensor]], features: np.ndarray) -> tuple[str, Tensor]:
@@ -173,16 +172,16 @@ def captum_guided(module: nn.Module, images: Tensor, score_of: ScoreOf) -> np.nd
     return found.detach().numpy()
 
 
-def relu_modules(module: nn.Module, images: Tensor) -> int:
-    """How often the network calls an nn.ReLU, the only rectifier that Captum hooks."""
-    calls = []
+def rectifier_calls(module: nn.Module, images: Tensor) -> tuple[int, int]:
+    """How many rectifiers the network calls, and how many of them are nn.ReLU, the only ones that Captum hooks."""
+    hooked: list[nn.Module] = []
     parts = [part for part in module.modules() if isinstance(part, nn.ReLU)]
-    hooks = [part.register_forward_hook(lambda *_: calls.append(1)) for part in parts]
-    with torch.no_grad():
-        module(images.to(next(module.parameters()).dtype))
+    hooks = [part.register_forward_hook(lambda part, *_: hooked.append(part)) for part in parts]
+    with torch.no_grad(), GuidedMode() as mode:
+        module(images)
     for hook in hooks:
         hook.remove()
-    return len(calls)
+    return mode.rectifiers, len(hooked)
 
 
 class Scored(nn.Module):
