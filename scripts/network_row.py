@@ -28,6 +28,9 @@ FUSION = 1e-5
 SLACK, FLOOR = 3.0, 1e-4
 """A map may be this many times as far from float64 as torch's own float32 map is, plus the floor."""
 
+MOVED = 6
+"""How many times a network with rectifiers is computed with its input moved in the last place."""
+
 
 @dataclass
 class Explained:
@@ -136,7 +139,7 @@ def refer(module: nn.Module, images: Tensor, task: Task, features: Sequence[np.n
     called, seen_by_captum = reference.rectifier_calls(module, images)
     captum = 0 < seen_by_captum == called
 
-    def both(network: nn.Module) -> tuple[reference.Maps, np.ndarray]:
+    def both(network: nn.Module, images: Tensor) -> tuple[reference.Maps, np.ndarray]:
         plain = reference.maps(network, images, task.score_of, features=features)
         if not called:
             return plain, plain.gradient
@@ -145,12 +148,12 @@ def refer(module: nn.Module, images: Tensor, task: Task, features: Sequence[np.n
         return plain, reference.maps(network, images, task.score_of, guided=True).gradient
 
     double = reference.out_of_place(module, torch.float64)
-    plain, guided = both(double)
+    plain, guided = both(double, images)
     own = reference.maps(double, images, task.score_of, guided=True).gradient if captum else guided
     if reference.relative(own, guided) > 1e-9:
         raise AssertionError("Captum, and the guided rule laid over torch's functions, disagree in float64")
     by = "Captum" if captum else f"functions ({seen_by_captum} modules)" if called else "no rectifier"
-    in_float32 = [both(single) for single in reference.in_float32(module, images)]
+    in_float32 = [both(*one) for one in reference.in_float32(module, images, MOVED if called else 0)]
     return Reference(plain, guided, by, called, in_float32)
 
 

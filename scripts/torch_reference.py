@@ -204,18 +204,25 @@ def out_of_place(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copied
 
 
-def in_float32(module: nn.Module, images: Tensor) -> Iterator[nn.Module]:
-    """The same network in float32, several times: each rounds differently, and all are right.
+def in_float32(module: nn.Module, images: Tensor, moved: int) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The same network and images in float32, several times: each rounds differently, and all are right.
 
-    With and without oneDNN's kernels, and with BatchNorm folded into the convolution before it, as exporters do. Where
-    ReLU signs flip near zero, one computation alone says little about how far float32 can be off.
+    With and without oneDNN's kernels; with BatchNorm folded into the convolution before it, as exporters do; `moved`
+    times with each pixel moved by at most one unit in its last place. Where the signs of ReLUs flip near zero, one
+    computation alone says little about how far float32 can be off.
     """
     plain = out_of_place(module, torch.float32)
     folded = with_folded_norms(plain, images)
-    for network in (plain,) if folded is None else (plain, folded):
+    networks = [plain] if folded is None else [plain, folded]
+    for network in networks:
         for onednn, layout in ((True, torch.contiguous_format), (False, torch.channels_last)):
             with torch.backends.mkldnn.flags(enabled=onednn):
-                yield nn.Module.to(network, memory_format=layout)  # type: ignore[call-overload]
+                yield nn.Module.to(network, memory_format=layout), images  # type: ignore[call-overload]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(moved):
+        towards = torch.randint(-1, 2, images.shape, generator=generator) * float("inf")
+        nudged = torch.where(towards.isnan(), images, torch.nextafter(images, towards))
+        yield networks[number % len(networks)], nudged
 
 
 def with_folded_norms(module: nn.Module, images: Tensor) -> nn.Module | None:
