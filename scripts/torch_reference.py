@@ -43,7 +43,7 @@ class _GuidedRectifier(torch.autograd.Function):
 
 
 class GuidedMode(TorchFunctionMode):
-    """Every rectifier called under it follows the guided rule; `rectifiers` counts them."""
+    """Every rectifier of what depends on the images follows the guided rule; `rectifiers` counts them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class GuidedMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         high = _upper_bound(func, args, kwargs or {})
-        if high is None:
+        if high is None or not args[0].requires_grad:
             return func(*args, **kwargs or {})
         self.rectifiers += 1
         return _GuidedRectifier.apply(args[0], high)
@@ -173,12 +173,16 @@ def captum_guided(module: nn.Module, images: Tensor, score_of: ScoreOf) -> np.nd
 
 
 def rectifier_calls(module: nn.Module, images: Tensor) -> tuple[int, int]:
-    """How many rectifiers the network calls, and how many of them are nn.ReLU, the only ones that Captum hooks."""
+    """How many rectifiers the images go through, and how many are nn.ReLU, the only ones that Captum hooks."""
     hooked: list[nn.Module] = []
-    parts = [part for part in module.modules() if isinstance(part, nn.ReLU)]
-    hooks = [part.register_forward_hook(lambda part, *_: hooked.append(part)) for part in parts]
-    with torch.no_grad(), GuidedMode() as mode:
-        module(images)
+
+    def keep(part: nn.Module, inputs: tuple[Tensor], _: Any) -> None:
+        if inputs[0].requires_grad:
+            hooked.append(part)
+
+    hooks = [part.register_forward_hook(keep) for part in module.modules() if isinstance(part, nn.ReLU)]
+    with GuidedMode() as mode:
+        module(images.clone().requires_grad_())
     for hook in hooks:
         hook.remove()
     return mode.rectifiers, len(hooked)
