@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -229,42 +230,64 @@ def in_float32(module: nn.Module, images: Tensor, moved: int) -> Iterator[tuple[
         yield networks[number % len(networks)], nudged
 
 
+class Uses(TorchFunctionMode):
+    """How often each tensor is computed with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[int] = Counter()
+        self._kept: list[Tensor] = []  # so that no other tensor gets the id of one that is gone
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor):
+            used = [argument for argument in args if isinstance(argument, Tensor)]
+            self.count.update(map(id, used))
+            self._kept += [result, *used]
+        return result
+
+
 def with_folded_norms(module: nn.Module, images: Tensor) -> nn.Module | None:
-    """A copy in which a BatchNorm that reads a convolution's result is folded into its weights; None without any."""
+    """A copy in which a BatchNorm that alone reads a convolution's result is folded into its weights; None without."""
     if not any(isinstance(part, nn.BatchNorm2d) for part in module.modules()):
         return None
     copied = copy.deepcopy(module)
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    made: dict[int, nn.Conv2d] = {}
+    read: list[tuple[int, nn.BatchNorm2d]] = []
 
     def keep(part: nn.Conv2d, _: Any, output: Tensor) -> None:
-        made[id(output)] = (part, output)  # the tensor too, so that no other gets its id
+        made[id(output)] = part
 
     def pair(part: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-        if id(inputs[0]) in made:
-            pairs.append((made[id(inputs[0])][0], part))
+        read.append((id(inputs[0]), part))
 
     parts = list(copied.modules())
     hooks = [part.register_forward_hook(keep) for part in parts if type(part) is nn.Conv2d]
     hooks += [part.register_forward_pre_hook(pair) for part in parts if isinstance(part, nn.BatchNorm2d)]
-    with torch.no_grad():
+    with torch.no_grad(), Uses() as uses:
         wanted = copied(images)
     for hook in hooks:
         hook.remove()
-    for conv, norm in pairs:
-        assert norm.running_mean is not None and norm.running_var is not None
-        fused = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        conv.weight, conv.bias = fused
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1 - norm.eps)
-        norm.weight.data.fill_(1)
-        norm.bias.data.zero_()
+    for tensor, norm in read:
+        if tensor in made and uses.count[tensor] == 1:
+            _fold(made[tensor], norm)
     with torch.no_grad():
         for one, other in zip(_tensors(copied(images)), _tensors(wanted), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
-    return copied.requires_grad_(False) if pairs else None
+    return copied.requires_grad_(False)
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """The normalization into the convolution's weights, itself the identity from then on."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+    )
+    mean.zero_()
+    variance.fill_(1 - norm.eps)
+    norm.weight.data.fill_(1)
+    norm.bias.data.zero_()
 
 
 def _tensors(result: Any) -> list[Tensor]:
