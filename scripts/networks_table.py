@@ -96,10 +96,17 @@ def _read(docs: Path) -> dict[str, list[Row]]:
 
 def _write(docs: Path, kept: dict[str, list[Row]]) -> None:
     rows = [row for rows in kept.values() for row in rows]
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
     versions = {name: version(name) for name in PACKAGES}
     (docs / "networks.json").write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n')
     (docs / "networks.md").write_text(page(rows, versions))
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to three significant digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def page(rows: Sequence[Row], versions: dict[str, str]) -> str:
@@ -118,21 +125,21 @@ def page(rows: Sequence[Row], versions: dict[str, str]) -> str:
 
 
 MAP_COLUMNS = (
-    "network", "exporter", "explained", "gradient", "guided", "guided reference",
+    "network", "exporter", "gradient", "guided", "guided reference",
     "Grad-CAM", "rectifiers found / called", "row",
 )  # fmt: skip
-FILE_COLUMNS = ("network", "exporter", "input", "opset", "nodes", "convert, s", "forward", "Grad-CAM at")
+FILE_COLUMNS = ("network", "exporter", "input", "explained", "opset", "nodes", "convert, s", "forward", "Grad-CAM at")
 CAM_COLUMNS = ("network", "exporter", "layer of its README", "`auto` takes it", "difference", "row")
 
 
 def _map_cells(row: Row) -> list[str]:
     head = [_name(row), EXPORTERS[row["exporter"]]]
     if "distances" not in row:
-        return [*head, "", "", "", "", "", "", row["verdict"].partition(":")[0]]
+        return [*head, "", "", "", "", "", row["verdict"].partition(":")[0]]
     far = row["distances"]
     maps = [_distance(far[name]) if name in far else "" for name in ("gradient", "guided", "gradcam")]
     return [
-        *head, row["explained"], maps[0], maps[1], row["guided_by"], maps[2],
+        *head, *maps[:2], row["guided_by"], maps[2],
         f"{row['rectifiers']} / {row['rectifiers_called']}", row["verdict"].partition(":")[0],
     ]  # fmt: skip
 
@@ -147,8 +154,8 @@ def _file_cells(row: Row) -> list[str]:
     if any("changed" in fault for fault in row["faults"]) or row["moved_unoptimised"]:
         forward = "**changed**"
     return [
-        _name(row), EXPORTERS[row["exporter"]], f"{row['batch']} x 3 x {size} x {size}", str(row["opset"]),
-        f"{row['nodes']} -> {row['nodes_after']}", str(row["seconds"]), forward,
+        _name(row), EXPORTERS[row["exporter"]], f"{row['batch']} x 3 x {size} x {size}", row["explained"],
+        str(row["opset"]), f"{row['nodes']} -> {row['nodes_after']}", str(row["seconds"]), forward,
         f"`{place}`" if place else "",
     ]  # fmt: skip
 
