@@ -39,9 +39,9 @@ def check_cams(subject: Subject) -> Check | None:
     maps = masked_maps(subject, GUIDED) if contract.GUIDED_GRADCAM in manifest.methods else {}
     try:
         wanted = [*manifest.names.values(), *maps.values()]
-        values = outputs_of(part_for(subject.whole, _outputs_among(subject, wanted)), _feeds(subject))
+        values = outputs_of(part_for(subject.file, _outputs_among(subject, wanted)), _feeds(subject))
         layers = [entry["tensor"] for entry in manifest.target_layers]
-        primal = outputs_of(part_for(subject.graph_of(*layers), layers), subject.point)
+        primal = outputs_of(part_for(subject.graph, layers), subject.point)
         pairs = list(_pairs(subject, values, primal, maps))
     except RunError as error:
         return failed(name, f"ONNX Runtime does not run the file: {error}")
@@ -111,8 +111,7 @@ def _over(subject: Subject, cams: Sequence[np.ndarray], image: dict[str, Any], s
     mode = subject.manifest.options["interpolate_mode"]
     shape, layout = subject.point[image["name"]].shape, image["layout"]
     sizes = [size for size, axis in zip(shape, layout, strict=True) if axis not in "NC"]
-    if any(cam.ndim != len(shape) for cam in cams):
-        raise _Unknown("a map with other axes than the image is not worked out again")
+    cams = [_without_single(cam, cam.ndim - len(shape)) for cam in cams]
     if subject.manifest.options["aggregate"]:
         resized = [np.maximum(_resized(_normalised(np.maximum(cam, 0)), sizes, mode), 0) for cam in cams]
         cam = _normalised(np.mean(resized, axis=0))
@@ -120,6 +119,12 @@ def _over(subject: Subject, cams: Sequence[np.ndarray], image: dict[str, Any], s
         cam = _resized(cams[0] if signed else np.maximum(cams[0], 0), sizes, mode)
     made = ["N", "C", *(axis for axis in layout if axis not in "NC")]
     return cam.transpose([made.index(axis) for axis in layout])
+
+
+def _without_single(cam: np.ndarray, surplus: int) -> np.ndarray:
+    """The map without as many axes of positions that hold only one."""
+    single = [axis for axis in range(2, cam.ndim) if cam.shape[axis] == 1]
+    return cam.squeeze(tuple(single[: max(0, surplus)]))
 
 
 def _normalised(cam: np.ndarray) -> np.ndarray:

@@ -18,8 +18,7 @@ Score = Callable[[Feeds], float]
 class Precision:
     """How differences are taken: steps relative to the point, and what error is allowed.
 
-    Where steps are `large` a score that has saturated looks smooth, and kinks on both sides may balance: there a slope
-    is settled by its own measure, and only where the step before gave the same.
+    Where steps are `large` a score that has saturated looks smooth: there a slope is settled by its own measure.
     """
 
     words: str
@@ -28,10 +27,8 @@ class Precision:
     large: bool
 
     def is_settled(self, slope: float, last: float, bend: float, scale: float) -> bool:
-        """Whether the slopes ahead and behind, which differ by `bend`, agree."""
-        if not self.large:
-            return bend <= self.tolerance / 2 * scale
-        return max(bend, abs(slope - last)) <= self.tolerance / 2 * min(abs(slope), scale)
+        """Whether the slopes ahead and behind, which differ by `bend`, agree, and that of the step before."""
+        return max(bend, abs(slope - last)) <= self.tolerance / 2 * (min(abs(slope), scale) if self.large else scale)
 
 
 DOUBLE = Precision("in double precision", (1e-7, 1e-8, 1e-9), 1e-4, large=False)
@@ -65,8 +62,9 @@ def differences(score: Score, point: Feeds, gradient: Feeds, precision: Precisio
     """The slope along several directions as long as `point`, each by the first step that crosses no kink.
 
     Along the gradient itself any scaling shows, along random directions any missing or foreign part of it; they are
-    drawn so that each of several tensors counts alike. What is 0 in the point is held where nothing else helps: a max
-    pooling over rectified values has ties there, and no derivative.
+    drawn so that each of several tensors counts alike. A slope that contradicts the gradient must come out at two
+    steps, lest kinks that balance, or rounding, pass for one. What is 0 in the point is held where nothing else helps:
+    a max pooling over rectified values has ties there, and no derivative.
     """
     here = score(point)
     found = []
@@ -91,7 +89,8 @@ def _measure(
         last = slope
         ahead, behind = (score({key: x + sign * step * d[key] for key, x in point.items()}) for sign in (1, -1))
         slope, bend = (ahead - behind) / (2 * step), abs(ahead + behind - 2 * here) / step
-        if settled := precision.is_settled(slope, last, bend, scale):
+        wrong = abs(slope - claimed) > precision.tolerance * scale
+        if settled := precision.is_settled(slope, last if wrong or precision.large else slope, bend, scale):
             break
     return Difference(name, slope, claimed, scale, step, settled)
 

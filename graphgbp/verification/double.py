@@ -16,6 +16,10 @@ from graphgbp.verification.windowed import OPERATORS
 _NARROW = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 _TYPES = {"to", "dtype"}
 _VALUES = {"value_float", "value_floats"}
+_MODES = {
+    b"bilinear": b"linear",
+    b"bicubic": b"cubic",
+}  # GridSample's before opset 20, which the evaluator does not know
 
 
 class DoubleError(Exception):
@@ -74,6 +78,8 @@ def _widen_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
                 attribute.i = TensorProto.DOUBLE
             if attribute.HasField("t"):
                 _widen(attribute.t)
+            if node.op_type == "GridSample" and attribute.s in _MODES:
+                attribute.s = _MODES[attribute.s]
             if node.op_type == "Constant" and attribute.name in _VALUES:
                 value = np.asarray(helper.get_attribute_value(attribute), np.float64)
                 attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(value)))

@@ -85,7 +85,7 @@ def held(subject: Subject, name: str, make: Callable[[Subject], Claim]) -> Check
         return unchecked(name, subject.obstacle)
     try:
         claim = make(subject)
-    except GraphgbpError as error:
+    except (GraphgbpError, RunError) as error:
         return unchecked(name, f"no gradient could be made to check: {error}")
     try:
         return _held(name, claim, subject.point, DOUBLE, DoubleModel)
@@ -108,12 +108,12 @@ def _input_claim(subject: Subject) -> Claim:
         moved = {role.removesuffix("_grad"): x for role, x in manifest.names.items() if x not in subject.targets}
         scored = [(y, subject.targets[name]) for y, name in subject.seeded.items()]
         words = f"of {len(scored)} outputs by {len(moved)} inputs"
-        return Claim(words, subject.whole_forward, moved, scored, subject.whole, feeds)
+        return Claim(words, subject.graph, moved, scored, subject.file, feeds)
     z, inputs = manifest.score["tensor"], [entry["name"] for entry in manifest.inputs]
-    graph = subject.graph_of(z)
+    graph = subject.graph
     own = {qualifier or inputs[0]: name for qualifier, name in subject.roles(contract.SALIENCY)}
     if own:
-        return Claim("the file's saliency", graph, own, [(z, subject.w)], subject.whole, feeds)
+        return Claim("the file's saliency", graph, own, [(z, subject.w)], subject.file, feeds)
     afresh = vjp(part_for(graph, [z]), inputs=inputs, outputs=[z])
     made = read_manifest(afresh)
     assert made is not None
@@ -127,7 +127,7 @@ def _layer_claim(subject: Subject, layer: str, gradient: str) -> Claim:
     z = subject.manifest.score["tensor"]
     feeds = {**subject.point, **subject.targets}
     words = f"'{gradient}' by '{layer}'"
-    return Claim(words, subject.graph_of(z, layer), {layer: gradient}, [(z, subject.w)], subject.whole, feeds)
+    return Claim(words, subject.graph, {layer: gradient}, [(z, subject.w)], subject.file, feeds)
 
 
 def _masked_claim(subject: Subject, policy: str, masks: Sequence[Mask]) -> Claim:
@@ -136,9 +136,8 @@ def _masked_claim(subject: Subject, policy: str, masks: Sequence[Mask]) -> Claim
     maps = masked_maps(subject, policy)
     moved = {**maps, **{mask.y: mask.arrived for mask in masks}}
     scored: list[tuple[str, np.ndarray | str]] = [(z, subject.w), *((mask.x, mask.passed_on) for mask in masks)]
-    graph = subject.graph_of(z, *(name for mask in masks for name in (mask.x, mask.y)))
     words = f"{len(maps)} {policy} map{'s' * (len(maps) > 1)}, cut at {len(masks)} rectifiers,"
-    return Claim(words, graph, moved, scored, subject.whole, {**subject.point, **subject.targets})
+    return Claim(words, subject.graph, moved, scored, subject.file, {**subject.point, **subject.targets})
 
 
 # -- held against differences ------------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ def _judge(name: str, words: str, found: Sequence[Difference], precision: Precis
     worst = max(settled, key=lambda difference: difference.error, default=None)
     figures: dict[str, Any] = {"tolerance": precision.tolerance, "directions": [d.to_dict() for d in found]}
     if worst is None:
-        return unchecked(name, f"{words}: every step along every direction crosses a kink", **figures)
+        return unchecked(name, f"{words}: no step along any direction settles", **figures)
     figures["error"] = worst.error
     if worst.error > precision.tolerance:
         detail = (
@@ -214,7 +213,7 @@ def _judge(name: str, words: str, found: Sequence[Difference], precision: Precis
         return failed(name, detail, **figures)
     if len(settled) <= len(found) / 2 or not found[0].settled:
         return unchecked(
-            name, f"{words}: {len(found) - len(settled)} of {len(found)} directions cross kinks", **figures
+            name, f"{words}: {len(found) - len(settled)} of {len(found)} directions do not settle", **figures
         )
     return passed(
         name,

@@ -12,7 +12,6 @@ import onnx
 
 from graphgbp import contract
 from graphgbp.equivalence import RunError, outputs_of
-from graphgbp.model_file import tensor_names
 from graphgbp.nodes import label
 from graphgbp.smooth import Activation
 from graphgbp.verification.report import Check, failed, passed, unchecked
@@ -52,6 +51,8 @@ def check_masks(
     """The check, and the mask that does what the policy wants at each rectifier, and at each smooth activation."""
     name = f"{policy} masks"
     found = find_masks(subject, [*rectifiers, *smooth], policy)
+    if not found:
+        return passed(name, "there is no rectifier: the map is the plain gradient", masks=0), []
     without = [tensor for tensor, masks in found.items() if not masks]
     if without:
         what = "mask both ways" if policy == GUIDED else "Relu on their cotangent"
@@ -163,9 +164,8 @@ def _right(subject: Subject, masks: Sequence[Mask], smooth: Collection[str], pol
     """By the rectifier's output, the mask whose values are those of the policy; without it where none is."""
     if policy == DECONVNET:
         return {mask.y: mask for mask in masks}  # the Relu is the whole of it
-    there = tensor_names(subject.model)
-    wanted = {name for mask in masks for name in (mask.rectified, mask.passed_on, mask.x, mask.y) if name in there}
-    values = outputs_of(part_for(subject.whole, sorted(wanted)), {**subject.point, **subject.targets})
+    wanted = {name for mask in masks for name in (mask.rectified, mask.passed_on, mask.x, mask.y)}
+    values = outputs_of(part_for(subject.file, sorted(wanted)), {**subject.point, **subject.targets})
     return {mask.y: mask for mask in masks if _is_right(mask, values, mask.y in smooth)}
 
 
@@ -174,9 +174,8 @@ def _is_right(mask: Mask, values: dict[str, np.ndarray], smooth: bool) -> bool:
 
     Where the activation is a smooth one, its own derivative is not worked out: nothing passes at x <= 0 or dy <= 0.
     """
-    x, y = values.get(mask.x), values.get(mask.y)
-    rectified, passed_on = values[mask.rectified], values[mask.passed_on]
-    if x is None or y is None or not x.shape == y.shape == rectified.shape == passed_on.shape:
+    x, y, rectified, passed_on = (values[name] for name in (mask.x, mask.y, mask.rectified, mask.passed_on))
+    if not x.shape == y.shape == rectified.shape == passed_on.shape:
         return False
     if smooth:
         return not passed_on[(x <= 0) | (rectified <= 0)].any()

@@ -7,7 +7,6 @@ import onnx_graphsurgeon as gs
 from graphgbp.analysis import table_of
 from graphgbp.backward import active_nodes, is_float
 from graphgbp.kernels import PROVIDERS, has_kernel, tensor_types
-from graphgbp.prepare import prepare
 from graphgbp.rectifiers import Activations, find_activations
 from graphgbp.smooth import Activation
 from graphgbp.verification.report import Check, failed, passed
@@ -17,7 +16,7 @@ from graphgbp.verification.subject import Subject
 def find_activations_of(subject: Subject) -> Activations:
     """The rectifiers and smooth activations between input and score, found again in the forward graph."""
     manifest = subject.manifest
-    view = prepare(subject.forward, subject.folder if subject.original is None else subject.original.folder)
+    view = subject.view
     inputs, score = [entry["name"] for entry in manifest.inputs], [manifest.score["tensor"]]
     return find_activations(active_nodes(view, inputs, score, table_of(view)))
 

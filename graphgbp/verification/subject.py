@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 
 from graphgbp import contract, model_file
 from graphgbp.contract import Manifest
-from graphgbp.equivalence import Feeds, RunError, outputs_of, run_on_random_input
-from graphgbp.errors import ModelFileError
+from graphgbp.equivalence import Feeds, RunError, difference, outputs_of, run_on_random_input
+from graphgbp.errors import GraphgbpError, ModelFileError
+from graphgbp.nodes import node_proto
+from graphgbp.prepare import View, prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
 from graphgbp.verification.targets import default_targets, weights
 
 _EVERYTHING = 2**62
+_SAME = 1e-4  # of the largest value: functions may be computed in another order
 _RAISED = f"{contract.SCOPE}/raised/"  # mended nodes of a raised source: part of the forward graph
 
 
@@ -106,10 +110,44 @@ class Subject:
         folder = self.folder if self.original is None else self.original.folder
         return model_file.with_small_weights(self.forward, folder, _EVERYTHING)
 
-    def graph_of(self, *tensors: str) -> onnx.ModelProto:
-        """The forward graph; for tensors in its functions and branches the file, which computes them again."""
-        there = model_file.tensor_names(self.whole_forward)
-        return self.whole_forward if there.issuperset(tensors) else self.whole
+    @cached_property
+    def view(self) -> View:
+        """The reading view of the forward graph. Raises GraphgbpError where it cannot be read."""
+        return prepare(self.whole_forward)
+
+    @cached_property
+    def _expanded(self) -> onnx.ModelProto | None:
+        """The forward graph with its functions and known branches seen through; None where it has none."""
+        if not self.forward.functions and not self.view.recomputed:
+            return None
+        model = expanded(self.view, self.whole_forward)
+        names = [output.name for output in model.graph.output]
+        expected, found = self.run_of_forward[1] or [], outputs_of(model, self.point)
+        for name, value in zip(names, expected, strict=True):
+            if what := difference(value, found[name], _SAME):
+                raise RunError(f"its functions are read wrongly: output '{name}' {what}")
+        return model
+
+    @property
+    def graph(self) -> onnx.ModelProto:
+        """The forward graph, every tensor of it in the main graph under the name that the manifest uses."""
+        return self._expanded or self.whole_forward
+
+    @cached_property
+    def file(self) -> onnx.ModelProto:
+        """The file, its forward graph as in `graph`."""
+        if self._expanded is None:
+            return self.whole
+        file = onnx.ModelProto()
+        file.CopyFrom(self._expanded)
+        made = {output for node in file.graph.node for output in node.output}
+        file.graph.node.extend(node for node in self.appended if made.isdisjoint(node.output))
+        there = {tensor.name for tensor in file.graph.initializer}
+        file.graph.initializer.extend(tensor for tensor in self.whole.graph.initializer if tensor.name not in there)
+        del file.graph.input[:], file.graph.output[:]
+        file.graph.input.extend(self.whole.graph.input)
+        file.graph.output.extend(self.whole.graph.output)
+        return file
 
     # -- its inputs -----------------------------------------------------------------------------------------------
 
@@ -135,7 +173,7 @@ class Subject:
         if self.manifest.score:
             try:
                 _ = self.z
-            except RunError as error:
+            except (RunError, GraphgbpError) as error:
                 return f"the score cannot be read from the original model: {error}"
         return None
 
@@ -143,7 +181,7 @@ class Subject:
     def z(self) -> np.ndarray:
         """The scores at that point, by the original model; raises RunError."""
         tensor = self.manifest.score["tensor"]
-        return np.asarray(outputs_of(part_for(self.graph_of(tensor), [tensor]), self.point)[tensor])
+        return np.asarray(outputs_of(part_for(self.graph, [tensor]), self.point)[tensor])
 
     @cached_property
     def targets(self) -> Feeds:
@@ -196,6 +234,21 @@ class Subject:
         for role, name in self.manifest.names.items():
             if contract.method_of(role) == method:
                 yield role.partition("/")[2], name
+
+
+def expanded(view: View, model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model of the nodes of a reading view: no functions, no known branches."""
+    flat = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    nodes = [node for node in view.graph.nodes if any(isinstance(y, gs.Variable) for y in node.outputs)]
+    if any(isinstance(value, gs.Graph) for node in nodes for value in node.attrs.values()):
+        raise RunError("a branch or a loop that is chosen at run time stands beside functions")
+    constants = {x.name: x for node in nodes for x in node.inputs if isinstance(x, gs.Constant)}
+    flat.graph.name = model.graph.name or "graph"
+    flat.graph.node.extend(node_proto(node) for node in nodes)
+    flat.graph.initializer.extend(numpy_helper.from_array(x.values, name) for name, x in constants.items())
+    flat.graph.input.extend(value for value in model.graph.input if value.name not in constants)
+    flat.graph.output.extend(model.graph.output)
+    return flat
 
 
 def _beside(path: Path | None) -> list[Path]:

@@ -1,31 +1,39 @@
 """Operators for ONNX's reference evaluator in place of its own.
 
 Its windows and its scattering are slow, element by element or by huge copies: here each loops over the taps of its
-window and treats all positions at once. It refuses negative pads and indices smaller than the data, and takes the
-largest number of nothing for a global maximum. What is not covered here (auto_pad, ceil_mode) goes to the evaluator's.
+window and treats all positions at once. It refuses negative pads and indices smaller than the data, and computes Erf in
+float32. What is not covered here (ceil_mode, output_shape) goes to the evaluator's.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
 import numpy as np
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops.op_conv import Conv as ReferenceConv
 from onnx.reference.ops.op_conv_transpose import ConvTranspose as ReferenceConvTranspose
 from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
 
 class _Window:
-    """The geometry of a window: strides, dilations and pads, with those that are left out filled in."""
+    """The geometry of a window over sizes: strides, dilations and pads, with those that are left out filled in."""
 
-    def __init__(self, kernel: Sequence[int], attributes: dict[str, Any]) -> None:
+    def __init__(self, sizes: Sequence[int], kernel: Sequence[int], attributes: dict[str, Any]) -> None:
         rank = len(kernel)
         self.kernel = tuple(kernel)
         self.strides = attributes["strides"] or [1] * rank
         self.dilations = attributes["dilations"] or [1] * rank
         pads = attributes["pads"] or [0] * (2 * rank)
         self.pads = list(zip(pads[:rank], pads[rank:], strict=True))
+        if attributes["auto_pad"] in ("SAME_UPPER", "SAME_LOWER"):
+            self.pads = [self._same(n, axis, attributes["auto_pad"]) for axis, n in enumerate(sizes)]
+
+    def _same(self, n: int, axis: int, auto_pad: str) -> tuple[int, int]:
+        """Pads that give one window per stride, the odd one at the end or at the beginning."""
+        stride, span = self.strides[axis], (self.kernel[axis] - 1) * self.dilations[axis] + 1
+        total = max(0, (-(-n // stride) - 1) * stride + span - n)
+        return (total // 2, total - total // 2) if auto_pad == "SAME_UPPER" else (total - total // 2, total // 2)
 
     def pad(self, x: np.ndarray, value: float = 0) -> np.ndarray:
         return np.pad(x, [(0, 0)] * (x.ndim - len(self.pads)) + self.pads, constant_values=value)
@@ -47,15 +55,11 @@ class _Window:
             yield tap, (..., *(slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in axes))
 
 
-def _is_plain(attributes: dict[str, Any]) -> bool:
-    return attributes["auto_pad"] in (None, "NOTSET")
+class Conv(OpRun):
+    op_domain = ""
 
-
-class Conv(ReferenceConv):
-    def _run(self, x: np.ndarray, w: np.ndarray, b: Any = None, **attributes: Any) -> tuple[np.ndarray]:  # type: ignore[override]
-        if not _is_plain(attributes):
-            return super()._run(x, w, b, **attributes)
-        window, groups = _Window(w.shape[2:], attributes), attributes["group"] or 1
+    def _run(self, x: np.ndarray, w: np.ndarray, b: Any = None, **attributes: Any) -> tuple[np.ndarray]:
+        window, groups = _Window(x.shape[2:], w.shape[2:], attributes), attributes["group"] or 1
         padded = window.pad(x).reshape(x.shape[0], groups, -1, *_padded(window, x))
         counts = window.counts(padded.shape[3:])
         weights = w.reshape(groups, -1, *w.shape[1:])
@@ -81,9 +85,9 @@ def _mixed(matrices: np.ndarray, x: np.ndarray) -> np.ndarray:
 class ConvTranspose(ReferenceConvTranspose):
     def _run(self, x: np.ndarray, w: np.ndarray, b: Any = None, **attributes: Any) -> tuple[np.ndarray]:  # type: ignore[override]
         """Each tap adds its share at one offset, every stride; then the padding is cut off."""
-        if attributes["output_shape"] or not _is_plain(attributes):
+        if attributes["output_shape"] or attributes["auto_pad"] not in (None, "NOTSET", "VALID"):
             return super()._run(x, w, b, **attributes)
-        window, groups = _Window(w.shape[2:], attributes), attributes["group"] or 1
+        window, groups = _Window(x.shape[2:], w.shape[2:], attributes), attributes["group"] or 1
         counts = x.shape[2:]
         extra = attributes["output_padding"] or [0] * len(counts)
         size = [n + more for n, more in zip(window.extent(counts), extra, strict=True)]
@@ -101,9 +105,9 @@ class ConvTranspose(ReferenceConvTranspose):
 class MaxPool(ReferenceMaxPool):
     def _run(self, x: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:  # type: ignore[override]
         """The running maximum over the taps of the window, first come first served, and its place."""
-        if attributes["ceil_mode"] or attributes["storage_order"] or not _is_plain(attributes):
+        if attributes["ceil_mode"] or attributes["storage_order"]:
             return super()._run(x, **attributes)
-        window = _Window(attributes["kernel_shape"], attributes)
+        window = _Window(x.shape[2:], attributes["kernel_shape"], attributes)
         padded, places = window.pad(x, -np.inf), window.pad(np.arange(x.size).reshape(x.shape))
         counts = window.counts(padded.shape[2:])
         best, place = np.full((*x.shape[:2], *counts), -np.inf), np.zeros((*x.shape[:2], *counts), np.int64)
@@ -111,6 +115,13 @@ class MaxPool(ReferenceMaxPool):
             place = np.where(padded[at] > best, places[at], place)
             best = np.maximum(best, padded[at])
         return (best, place)[: len(self.output)]
+
+
+class Erf(OpRun):
+    op_domain = ""
+
+    def _run(self, x: np.ndarray) -> tuple[np.ndarray]:
+        return (np.vectorize(math.erf, otypes=[np.float64])(x),)
 
 
 class GlobalMaxPool(OpRun):
@@ -162,4 +173,4 @@ def _places(x: np.ndarray, indices: np.ndarray, axis: int | None) -> tuple[np.nd
 
 
 _REDUCTIONS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
-OPERATORS = [Conv, ConvTranspose, MaxPool, GlobalMaxPool, Pad, GatherElements, ScatterElements]
+OPERATORS = [Conv, ConvTranspose, Erf, MaxPool, GlobalMaxPool, Pad, GatherElements, ScatterElements]

@@ -44,6 +44,43 @@ def network(opset: int = 18) -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 3, 16, 16]}, ["y"], weights, opset=opset)
 
 
+def with_functions(source: onnx.ModelProto) -> onnx.ModelProto:
+    """The network, its first block (a, r1, m) and its residual block (b to r3) as local functions."""
+    made = onnx.ModelProto()
+    made.CopyFrom(source)
+    del made.graph.node[:], made.graph.value_info[:]
+    made.opset_import.add(domain="net", version=1)
+    nodes = list(source.graph.node)
+    blocks = {
+        "stem": (nodes[:3], ["x", "w1", "b1"], ["m"]),
+        "block": (nodes[3:8], ["m", "w2", "zero", "bound", "w3"], ["r3"]),
+    }
+    for name, (inside, inputs, outputs) in blocks.items():
+        made.functions.append(onnx.helper.make_function("net", name, inputs, outputs, inside, source.opset_import))
+        made.graph.node.append(onnx.helper.make_node(name, inputs, outputs, f"call {name}", domain="net"))
+    made.graph.node.extend(nodes[8:])
+    return made
+
+
+def with_branches(source: onnx.ModelProto) -> onnx.ModelProto:
+    """The network, its third ReLU in the branch of an If whose condition is known."""
+    made = onnx.ModelProto()
+    made.CopyFrom(source)
+    branches = {}
+    for name, op in (("then_branch", "Relu"), ("else_branch", "Neg")):
+        inner = [
+            onnx.helper.make_node(op, ["s"], ["inner"], "inside"),
+            onnx.helper.make_node("Identity", ["inner"], ["out"]),
+        ]
+        output = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)
+        branches[name] = onnx.helper.make_graph(inner, name, [], [output])
+    choice = onnx.helper.make_node("If", ["condition"], ["r3"], "choice", **branches)
+    index = next(i for i, n in enumerate(made.graph.node) if "r3" in n.output)
+    made.graph.node[index].CopyFrom(choice)
+    made.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(True), "condition"))
+    return made
+
+
 def node(converted: onnx.ModelProto, begins: str, *, op: str | None = None) -> onnx.NodeProto:
     """The first node whose name begins so."""
     return next(n for n in converted.graph.node if n.name.startswith(begins) and op in (None, n.op_type))

@@ -1,5 +1,7 @@
 """The evaluator in double precision: the same values as ONNX Runtime's, at any geometry."""
 
+import math
+
 import numpy as np
 import onnx
 import pytest
@@ -48,10 +50,21 @@ def test_max_pooling_and_its_indices(geometry):
         equal("MaxPool", [x], outputs=2, kernel_shape=[3, 3], **geometry)
 
 
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+def test_padding_by_name(auto_pad):
+    x = drawn(1, 2, 7, 8)
+    equal("MaxPool", [x], outputs=2, kernel_shape=[3, 2], strides=[2, 2], auto_pad=auto_pad)
+    equal("Conv", [x, drawn(3, 2, 2, 3)], strides=[2, 1], auto_pad=auto_pad)
+
+
 def test_what_is_left_to_the_evaluator():
-    x = drawn(1, 2, 7, 7)
-    equal("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER")
-    equal("Conv", [x, drawn(3, 2, 3, 3)], auto_pad="SAME_UPPER")
+    equal("MaxPool", [drawn(1, 2, 8, 8)], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
+
+
+def test_erf_is_double():
+    made = single_op("Erf", [drawn(5)], opset=18)
+    (y,) = DoubleModel(made).run(["y0"], {"x0": drawn(5)})
+    np.testing.assert_allclose(y, [math.erf(x) for x in drawn(5).astype(float)], rtol=1e-15)
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])

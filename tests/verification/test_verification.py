@@ -11,7 +11,7 @@ import graphgbp
 from graphgbp import contract
 from graphgbp.verification import double
 from tests.build import drawn, model, small_cnn
-from tests.verification.networks import ALL, behind, edit_manifest, network, node
+from tests.verification.networks import ALL, behind, edit_manifest, network, node, with_branches, with_functions
 
 OUTPUT = f"{contract.SCOPE}/output"
 
@@ -92,6 +92,9 @@ GOOD = {
     "nearest, signed": (network(), {"interpolate_mode": "nearest", "relu_attributions": False}),
     "segmentation": (segmentation(), {"methods": ALL, "target_layer": "r"}),
     "two inputs": (two_inputs(), {"methods": ALL}),
+    "functions": (with_functions(network()), {"methods": ALL}),
+    "a layer in a function": (with_functions(network()), {"methods": ALL, "target_layer": "call block/r2"}),
+    "branches": (with_branches(network()), {"methods": ALL}),
     "clothings": (clothings(), {"methods": ALL}),
     "two classes in one": (two_classes, {"methods": ALL}),
     "two probabilities in one": (two_classes, {"methods": ALL, "score": "probability"}),
@@ -106,6 +109,15 @@ def test_a_good_file_passes(name):
     assert [check.name for check in unproven] == (["grad-cam"] if name == "guided_gradcam alone" else []), unproven
     expected = {"fingerprint", "appended only", "names", "forward", "score", "gradient", "rectifiers"}
     assert expected | {"kernels CPU", "kernels CUDA"} <= {check.name for check in found.checks}
+
+
+def test_what_is_inside_functions_is_told_as_finely():
+    source = with_functions(network())
+    made = graphgbp.convert(source, ALL)
+    found = graphgbp.verify(made, source)
+    assert found["guided gradient"].figures["error"] < 1e-6 and found["guided masks"].figures["masks"] == 3
+    _slightly_larger_inside(GUIDED, "Conv")(made)
+    assert failures(made, source) == {"guided gradient"}
 
 
 def test_a_vjp_file_passes():
@@ -125,6 +137,31 @@ def test_smooth_activations_that_are_masked():
     assert graphgbp.verify(graphgbp.convert(swish, "guided_backprop", rectifiers="all"), swish).passed
     found = graphgbp.verify(graphgbp.convert(network(), "guided_backprop", rectifiers="all"), network())
     assert not found.failures and [check.name for check in found.unchecked] == ["guided gradient"]
+
+
+def test_a_transformer_passes():
+    """Erf, LayerNormalization, Softmax: smooth, so the smallest steps must not drown in rounding."""
+    nodes = [
+        "e = Conv<strides=[4,4]>(x, w1)",
+        "t = Reshape(e, tokens)",
+        "u = Transpose<perm=[0,2,1]>(t)",
+        "n = LayerNormalization<axis=-1>(u, scale)",
+        "q = MatMul(n, w2)",
+        "k = Transpose<perm=[0,2,1]>(q)",
+        "s = MatMul(q, k)",
+        "p = Softmax<axis=-1>(s)",
+        "v = MatMul(p, n)",
+        "f = Erf(v)",
+        "g = Mul(f, v)",
+        "h = Add(g, u)",
+        "m = ReduceMean<keepdims=0>(h, axis)",
+        "y = MatMul(m, w3)",
+    ]
+    weights = {"w1": drawn(6, 3, 4, 4, scale=0.3), "scale": drawn(6), "w2": drawn(6, 6, scale=0.4), "w3": drawn(6, 4)}
+    weights |= {"tokens": np.array([0, 6, -1]), "axis": np.array([1])}
+    source = model(nodes, {"x": ["N", 3, 16, 16]}, ["y"], weights)
+    found = graphgbp.verify(graphgbp.convert(source, "saliency"), source)
+    assert found.passed and found["gradient"].figures["error"] < 1e-6
 
 
 def test_figures_are_those_of_a_run():
