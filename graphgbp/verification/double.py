@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from graphgbp.equivalence import Feeds, one_line
-from graphgbp.verification.windowed import OPERATORS
+from graphgbp.verification.reference import OPERATORS
 
 _NARROW = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 _TYPES = {"to", "dtype"}

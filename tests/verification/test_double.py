@@ -61,6 +61,19 @@ def test_what_is_left_to_the_evaluator():
     equal("MaxPool", [drawn(1, 2, 8, 8)], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
 
 
+@pytest.mark.parametrize("opset", [16, 20])
+@pytest.mark.parametrize("align_corners", [0, 1])
+@pytest.mark.parametrize("padding_mode", ["zeros", "border"])
+def test_grid_sample(padding_mode, align_corners, opset):
+    x, grid = drawn(2, 3, 5, 6), drawn(2, 4, 7, 2, seed=1)
+    mode = "bilinear" if opset < 20 else "linear"
+    made = single_op(
+        "GridSample", [x, grid], opset=opset, mode=mode, padding_mode=padding_mode, align_corners=align_corners
+    )
+    feeds = {"x0": x, "x1": grid}
+    np.testing.assert_allclose(DoubleModel(made).run(["y0"], feeds)[0], run(made, feeds)["y0"], rtol=1e-5, atol=1e-5)
+
+
 def test_erf_is_double():
     made = single_op("Erf", [drawn(5)], opset=18)
     (y,) = DoubleModel(made).run(["y0"], {"x0": drawn(5)})

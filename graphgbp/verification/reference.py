@@ -1,8 +1,8 @@
 """Operators for ONNX's reference evaluator in place of its own.
 
 Its windows and its scattering are slow, element by element or by huge copies: here each loops over the taps of its
-window and treats all positions at once. It refuses negative pads and indices smaller than the data, and computes Erf in
-float32. What is not covered here (ceil_mode, output_shape) goes to the evaluator's.
+window and treats all positions at once. It refuses negative pads and indices smaller than the data, and computes Erf
+and the places of GridSample in float32. What is not covered here (ceil_mode, output_shape) goes to the evaluator's.
 """
 
 import math
@@ -124,6 +124,27 @@ class Erf(OpRun):
         return (np.vectorize(math.erf, otypes=[np.float64])(x),)
 
 
+class GridSample(OpRun):
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, grid: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
+        """Pictures, bilinear; other kinds are refused, because the evaluator's own computes places in float32."""
+        clamped = attributes["padding_mode"] == "border"
+        if x.ndim != 4 or attributes["mode"] != "linear" or attributes["padding_mode"] == "reflection":
+            raise NotImplementedError("GridSample other than bilinear of pictures, in double precision")
+        corners = []  # of each axis, from the last: the two neighbours, their weights, 0 outside
+        for axis, n in enumerate(x.shape[:1:-1]):
+            place = (grid[..., axis] + 1) / 2
+            place = place * (n - 1) if attributes["align_corners"] else place * n - 0.5
+            place = np.clip(place, 0, n - 1) if clamped else place
+            low = np.floor(place)
+            pairs = ((low, 1 - (place - low)), (low + 1, place - low))
+            corners.append([(np.clip(i, 0, n - 1).astype(int), w * ((i >= 0) & (i < n))) for i, w in pairs])
+        images = np.arange(len(x)).reshape(-1, 1, 1)
+        y = sum(x[images, :, i, j] * (u * v)[..., np.newaxis] for j, v in corners[0] for i, u in corners[1])
+        return (np.moveaxis(np.asarray(y), -1, 1),)
+
+
 class GlobalMaxPool(OpRun):
     op_domain = ""
 
@@ -173,4 +194,4 @@ def _places(x: np.ndarray, indices: np.ndarray, axis: int | None) -> tuple[np.nd
 
 
 _REDUCTIONS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
-OPERATORS = [Conv, ConvTranspose, Erf, MaxPool, GlobalMaxPool, Pad, GatherElements, ScatterElements]
+OPERATORS = [Conv, ConvTranspose, Erf, MaxPool, GlobalMaxPool, GridSample, Pad, GatherElements, ScatterElements]
