@@ -100,11 +100,13 @@ def _unbroadcast_at_run_time(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tens
 
 
 def varied_tensors(view: View, wanted: Iterable[str], rule_for: RuleFor) -> set[str]:
-    """Float tensors whose value moves with a wanted one."""
+    """Float tensors whose value moves with a wanted one, and what an operator without a rule may make of it."""
     varied = set(wanted)
     for node in view.graph.nodes:
-        if not varied.isdisjoint(input_names(node)) and rule_for(node) is not NONDIFFERENTIABLE:
-            varied.update(output.name for output in node.outputs if output.name and is_float(output))
+        rule = rule_for(node)
+        if not varied.isdisjoint(input_names(node)) and rule is not NONDIFFERENTIABLE:
+            moves = is_float if isinstance(rule, Rule) else _may_stand_for_floats
+            varied.update(output.name for output in node.outputs if output.name and moves(output))
     return varied
 
 
@@ -166,6 +168,13 @@ def refuse_gaps(found: Sequence[Gap], view: View) -> None:
 def _since(node: gs.Node, view: View) -> str:
     version = since_version(node, view.opsets)
     return "" if version is None else f", since {version}"
+
+
+def _may_stand_for_floats(tensor: gs.Tensor) -> bool:
+    """Whether the tensor holds real numbers or, in few bits, quantised ones; int64 is for indices and sizes."""
+    if is_float(tensor) or isinstance(tensor.dtype, int):
+        return is_float(tensor)
+    return np.dtype(tensor.dtype).kind in "iuV" and tensor.dtype != np.int64
 
 
 def is_float(tensor: gs.Tensor) -> bool:

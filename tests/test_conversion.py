@@ -251,6 +251,14 @@ def test_every_unsupported_operator_is_listed():
     assert "Einsum (ai.onnx 18, since 12)" in str(caught.value) and "Det (ai.onnx 18, since 11)" in str(caught.value)
 
 
+def test_what_is_quantised_is_refused_and_not_taken_for_constant():
+    """Also where a float path goes beside it, whose gradient alone would be a wrong one."""
+    nodes = ["q = QuantizeLinear(x, s, o)", "d = DequantizeLinear(q, s, o)", "y = Add(d, x)"]
+    quantised = model(nodes, {"x": [1, 4]}, ["y"], {"s": np.float32(0.1), "o": np.uint8(0)})
+    with pytest.raises(graphgbp.UnsupportedOperatorError, match=r"2 nodes(.|\n)*QuantizeLinear(.|\n)*DequantizeLinear"):
+        graphgbp.vjp(quantised)
+
+
 def test_a_foreign_operator_is_refused_by_domain():
     made = small_cnn()
     made.graph.node[1].domain = "com.acme"
