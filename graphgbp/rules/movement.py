@@ -140,3 +140,11 @@ def pad(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
         return [g.op("Pad", dy, opposite, g.like(dy, 0), axes)]
     numbers = g.cast(places(g, x), np.float64)  # Pad has no integer kernel on CUDA; a double holds any place exactly
     return [add_at(g, dy, g.cast(g.op("Pad", numbers, pads, None, axes, mode=mode), np.int64), x)]
+
+
+@vjp("CenterCropPad", versions=(18,))
+def center_crop_pad(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """dy cropped where x was padded and padded where x was cropped: the same operator, to x's own sizes"""
+    x, axes = node.inputs[0], node.attrs.get("axes")
+    sizes = g.op("Shape", x) if axes is None else g.sizes(x, axes)
+    return [g.op("CenterCropPad", dy, sizes, axes=axes)]

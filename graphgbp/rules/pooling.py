@@ -56,6 +56,13 @@ def max_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     return [g.reshape_like(dx, x)]
 
 
+@vjp("MaxUnpool", versions=(11, 22))
+def max_unpool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """y is 0 but at the given places, which count through the whole of y: dy from there"""
+    x, places = node.inputs[:2]
+    return [g.with_shape(g.op("Gather", g.reshape(dy, [-1]), places), x)]
+
+
 def _may_be_empty(axes: Sequence[Window]) -> bool:
     """Whether a window may read nothing, as a dilated one that straddles a tiny image does.
 

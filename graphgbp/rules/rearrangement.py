@@ -1,5 +1,6 @@
-"""Rearrangement: elements repeated, put into blocks, reversed, or kept in a triangle."""
+"""Rearrangement: elements repeated, put into blocks, added up from them, reversed, or kept in a triangle."""
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphgbp.emit import Emitter, Size
@@ -50,3 +51,18 @@ def tile(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
 def trilu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """the same triangle of dy"""
     return [g.op("Trilu", dy, *node.inputs[1:], upper=node.attrs["upper"])]
+
+
+def _open_block(node: gs.Node) -> str | None:
+    return None if isinstance(node.inputs[2], gs.Constant) else "its block_shape is known only at run time"
+
+
+@vjp("Col2Im", versions=(18,), refuse=_open_block)
+def col2im(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    """Every block of dy as a column: a convolution whose filters each pick one element of the block"""
+    x, _, block = node.inputs
+    kernel: list[int] = block.values.tolist()
+    picks = np.eye(int(np.prod(kernel))).reshape([-1, 1, *kernel])
+    channels = g.reshape(dy, [-1, 1, *(g.size(dy, axis) for axis in range(2, len(dy.shape)))])
+    geometry = {key: node.attrs.get(key) for key in ("dilations", "pads", "strides")}
+    return [g.reshape_like(g.op("Conv", channels, g.like(dy, picks), kernel_shape=kernel, **geometry), x)]

@@ -186,3 +186,12 @@ def test_dropout_in_training_is_refused(constants, reason):
     model = single_op("Dropout", [normal(3), None, np.array(True)], opset=18, constants=constants)
     with pytest.raises(UnsupportedOperatorError, match=f"'node': its training_mode .*{reason}"):
         graphgbp.vjp(model, inputs=["x0"])
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize(("source", "wanted"), [("float32", "float64"), ("float64", "float32"), ("float32", "float32")])
+def test_cast_like(source, wanted, opset):
+    def reference(x, like):
+        return x + 0 * like.sum()
+
+    check_rule("CastLike", [normal(3, 4).astype(source), normal(2).astype(wanted)], reference, wrt=(0, 1), opset=opset)

@@ -271,3 +271,27 @@ def test_pad_in_double():
     inputs = [normal(2, 3, 4, 5).astype(np.float64), ints(*PADS[0])]
     for mode in ("constant", "reflect"):
         check_rule("Pad", inputs, by_place(partial(_pad, mode=mode)), mode=mode, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("size", "sizes"), [((4, 7), (6, 4)), ((5, 6), (2, 9)), ((4, 4), (4, 4)), ((7, 5), (4, 8))])
+def test_center_crop_pad(size, sizes, dynamic):
+    def reference(x, _):
+        for axis, wanted in enumerate(sizes):
+            spare = x.shape[axis] - wanted
+            if spare > 0:
+                x = x.narrow(axis, spare // 2, wanted)
+            else:
+                widths = [0, 0] * (x.ndim - 1 - axis) + [-spare // 2, -spare - -spare // 2]
+                x = torch.nn.functional.pad(x, widths)
+        return x
+
+    for opset in (18, 26):
+        check_rule("CenterCropPad", [normal(*size), np.array(sizes)], reference, dynamic=dynamic, opset=opset)
+
+
+def test_center_crop_pad_of_some_axes():
+    def reference(x, _):
+        return torch.nn.functional.pad(x[:, 1:4], (1, 2))
+
+    check_rule("CenterCropPad", [normal(2, 5, 3), np.array([6, 3])], reference, axes=[2, 1])

@@ -313,3 +313,33 @@ def test_global_norm_pool(sizes, p, opset, dynamic):
     reference = lambda t: torch.linalg.vector_norm(t, p, dims, keepdim=True)  # noqa: E731
     evaluate = run if opset < 22 else run_with_norm_pool
     check_rule("GlobalLpPool", [x], reference, opset=opset, dynamic=dynamic, evaluate=evaluate, p=p)
+
+
+@pytest.mark.parametrize("opset", [16, 22])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_max_unpool(dynamic, opset):
+    x = normal(2, 3, 4, 6)
+    pooled, places = F.max_pool2d(torch.from_numpy(x), 2, return_indices=True)
+    offsets = 24 * np.arange(6).reshape(2, 3, 1, 1)  # torch counts within a channel, ONNX through the whole tensor
+
+    def reference(x, places):
+        return F.max_unpool2d(x, places - torch.from_numpy(offsets), 2)
+
+    inputs = [pooled.numpy(), places.numpy() + offsets]
+    options = {"kernel_shape": [2, 2], "strides": [2, 2], "dynamic": {0: (0, 1, 2, 3)} if dynamic else False}
+    check_rule("MaxUnpool", inputs, reference, opset=opset, **options)
+
+
+def test_max_unpool_to_a_given_size():
+    places = np.array([[[[0, 8], [27, 34]]]])
+
+    def reference(x, places, size):
+        return (
+            torch.zeros(1, 1, 5, 7, dtype=x.dtype)
+            .flatten()
+            .scatter(0, places.flatten(), x.flatten())
+            .reshape(1, 1, 5, 7)
+        )
+
+    inputs = [normal(1, 1, 2, 2), places, np.array([1, 1, 5, 7])]
+    check_rule("MaxUnpool", inputs, reference, kernel_shape=[2, 2], strides=[2, 2])

@@ -3,7 +3,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.rules.harness import check_rule, normal
+import graphgbp
+from graphgbp.errors import UnsupportedOperatorError
+from tests.rules.harness import check_rule, normal, single_op
 
 OPSETS = (16, 21, 26)
 DTYPES = ("float32", "float64")
@@ -89,3 +91,30 @@ def test_triangle(k, upper, dtype, dynamic, opset):
     check_rule("Trilu", [x] if k is None else [x, np.array(k)], lambda x, *_: triangle(x, k or 0), **options)
     if k is not None:
         check_rule("Trilu", [x, np.array(k)], lambda x, _: triangle(x, k), constants=[], **options)
+
+
+@pytest.mark.parametrize("dynamic", [False, {0: (0, 1)}])
+@pytest.mark.parametrize(
+    ("size", "block", "geometry"),
+    [
+        ((5, 6), (2, 3), {}),
+        ((6, 7), (3, 2), {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+        ((7, 8), (2, 3), {"dilations": [2, 2], "strides": [1, 2]}),
+    ],
+)
+def test_col2im(size, block, geometry, dynamic):
+    options = {"dilation": geometry.get("dilations", 1), "stride": geometry.get("strides", 1)}
+    options["padding"] = geometry.get("pads", [0, 0])[:2]
+    columns = functional.unfold(torch.zeros(2, 3, *size), block, **options).shape
+
+    def reference(x, *_):
+        return functional.fold(x, size, block, **options)
+
+    inputs = [normal(*columns), np.array(size), np.array(block)]
+    check_rule("Col2Im", inputs, reference, dynamic=dynamic, **geometry)
+
+
+def test_blocks_known_at_run_time_are_refused():
+    model = single_op("Col2Im", [normal(1, 4, 9), np.array([4, 4]), np.array([2, 2])], opset=18, constants=[1])
+    with pytest.raises(UnsupportedOperatorError, match="block_shape"):
+        graphgbp.vjp(model)
