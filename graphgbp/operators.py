@@ -8,7 +8,7 @@
 The table is read from the registry and ONNX's own schemas, so it cannot disagree with what a conversion does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import onnx
 import graphgbp.rules  # noqa: F401  fills the registry
 from graphgbp import registry
 from graphgbp.opset import RAISED_TO
+from graphgbp.prepare import READ_AS
 from graphgbp.registry import Entry, Key, Rule, Unsupported
 from graphgbp.source import NEWEST_OPSET
 
@@ -47,7 +48,7 @@ def ops() -> list[Operator]:
     table = registry.table()
     found: dict[tuple[str, str, str], list[onnx.defs.OpSchema]] = {}
     for schema in schemas():
-        kind = set_of(table.get((schema.domain, schema.name, schema.since_version)))
+        kind = set_of(entry_of(schema, table))
         found.setdefault((schema.domain, schema.name, kind), []).append(schema)
     return [
         Operator(domain, name, tuple(schema.since_version for schema in versions), kind, _gradients(versions, table))
@@ -64,6 +65,14 @@ def schemas() -> Iterator[onnx.defs.OpSchema]:
         ]
         if not all(schema.deprecated for schema in used):
             yield from {schema.since_version: schema for schema in used}.values()
+
+
+def entry_of(schema: onnx.defs.OpSchema, table: Mapping[Key, Entry]) -> Entry | None:
+    """What the registry says of an operator; of one that is read as another, what it says of that."""
+    if not schema.domain and schema.name in READ_AS:
+        opset = max(schema.since_version, RAISED_TO)
+        schema = onnx.defs.get_schema(READ_AS[schema.name], opset)
+    return table.get((schema.domain, schema.name, schema.since_version))
 
 
 def set_of(entry: Entry | None) -> str:
@@ -111,11 +120,11 @@ _MEANING = {
 }
 
 
-def _gradients(versions: Sequence[onnx.defs.OpSchema], table: dict[Key, Entry]) -> tuple[str, ...]:
+def _gradients(versions: Sequence[onnx.defs.OpSchema], table: Mapping[Key, Entry]) -> tuple[str, ...]:
     """The inputs that get a gradient in some version, as the newest that has them names them."""
     named: dict[int, str] = {}
     for schema in versions:
-        entry = table.get((schema.domain, schema.name, schema.since_version))
+        entry = entry_of(schema, table)
         if isinstance(entry, Rule):
             positions = range(len(schema.inputs)) if entry.wrt is None else entry.wrt
             named |= {position: _spell(schema, position) for position in positions}

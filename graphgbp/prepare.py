@@ -28,6 +28,9 @@ from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
 from graphgbp.sizes import Sizes
 from graphgbp.weights import read_weights_from
 
+READ_AS = {"CastLike": "Cast"}
+"""Operators that the view shows as another one."""
+
 _FOLD_LIMIT = 1024
 _RANDOM = {
     "RandomNormal",
@@ -178,8 +181,8 @@ def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto) -> dict[st
 
 def _settle_cast(node: gs.Node) -> None:
     """A CastLike reads nothing of its second input but its type: a Cast."""
-    if node.op == "CastLike" and node.domain in (None, "", "ai.onnx") and node.inputs[1].dtype is not None:
-        node.op, node.attrs["to"] = "Cast", elem_type(node.inputs.pop().dtype)
+    if node.op in READ_AS and node.domain in (None, "", "ai.onnx") and node.inputs[1].dtype is not None:
+        node.op, node.attrs["to"] = READ_AS[node.op], elem_type(node.inputs.pop().dtype)
 
 
 def _type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType], sizes: Sizes) -> None:

@@ -31,7 +31,7 @@ from graphgbp.errors import RequestError
 from graphgbp.registry import Key, Rule
 
 FACTOR = 1.05
-ZERO = {("Range", 1), ("CastLike", 1)}  # cotangents that are zero by definition: there 0.05 is added
+ZERO = {("Range", 1)}  # cotangents that are zero by definition: there 0.05 is added
 VARIADIC = range(3)  # of rules that answer for every input, these stand for all
 
 Wrap = Callable[[Any], Any]

@@ -174,7 +174,7 @@ def identity(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
 
 
 def _rounds_to_few_bits(node: gs.Node) -> str | None:
-    x, y = node.inputs[0], node.outputs[0]
+    (x,), (y,) = node.inputs, node.outputs
     if x.dtype is None or y.dtype is None:
         return "its element types cannot be inferred"
     few = next((name for name in (np.dtype(x.dtype).name, np.dtype(y.dtype).name) if name not in _REAL), None)
@@ -186,13 +186,6 @@ def cast(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dx = dy, in x's type; a Cast to integers is on no float path"""
     (x,) = node.inputs
     return [g.cast(dy, x.dtype)]
-
-
-@vjp("CastLike", versions=(15, 19, 21, 23, 24, 25), wrt=(0, 1), refuse=_rounds_to_few_bits)
-def cast_like(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
-    """dx = dy, in x's type; of the other input only the type is read"""
-    x, like = node.inputs
-    return [g.cast(dy, x.dtype), lambda: g.zeros_like(like)]
 
 
 def _trains(node: gs.Node) -> str | None:

@@ -194,4 +194,5 @@ def test_cast_like(source, wanted, opset):
     def reference(x, like):
         return x + 0 * like.sum()
 
-    check_rule("CastLike", [normal(3, 4).astype(source), normal(2).astype(wanted)], reference, wrt=(0, 1), opset=opset)
+    inputs = [normal(3, 4).astype(source), normal(2).astype(wanted)]
+    check_rule("CastLike", inputs, reference, wrt=(0, 1), opset=opset)  # seen as a Cast
