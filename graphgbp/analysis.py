@@ -12,6 +12,7 @@ from graphgbp.errors import RequestError
 from graphgbp.image import Image, find_images
 from graphgbp.layers import Layer, LayerSearch, find_tensor
 from graphgbp.layouts import Layouts, find_layouts
+from graphgbp.options import Request
 from graphgbp.prepare import View
 from graphgbp.rectifiers import Activations, find_activations
 from graphgbp.score import Score
@@ -19,35 +20,24 @@ from graphgbp.smooth import Activation
 
 
 class Analysis:
-    """A reading view, the inputs that are explained, and the score.
+    """A reading view, the inputs that are explained, and the score."""
 
-    `inputs` names the explained inputs; None takes every float input that the score depends on. `kind` is that of
-    the score; `whole_output` takes an output as it is, `neurons` a tensor inside the model.
-    """
-
-    def __init__(
-        self,
-        view: View,
-        kind: str = "auto",
-        inputs: Sequence[str] | None = None,
-        output: str | None = None,
-        *,
-        whole_output: bool = False,
-        neurons: str | None = None,
-    ) -> None:
+    def __init__(self, view: View, request: Request | None = None) -> None:
+        request = request or Request()
         self.view = view
-        given = find_images(view, inputs)
-        reached = varied_tensors(view, [image.tensor.name for image in given], self.rule_for)
+        given = find_images(view, request.inputs)
         self.layouts: Layouts = find_layouts(view, given)
+        self.score: Score = self._find_score(request, given)
+        self.images = given if request.inputs is not None else self._reaching(given)
+
+    def _find_score(self, request: Request, images: Sequence[Image]) -> Score:
         axes = {name: layout.channel_axis for name, layout in self.layouts.items()}
-        self.score: Score = (
-            score.neuron(find_tensor(view, neurons), axes)
-            if neurons is not None
-            else score.whole_output(view, reached, output)
-            if whole_output
-            else score.find_score(view, reached, axes, kind, output)
-        )
-        self.images = given if inputs is not None else self._reaching(given)
+        if request.target_tensor is not None:
+            return score.neuron(self.view, find_tensor(self.view, request.target_tensor), axes, request.class_axis)
+        reached = varied_tensors(self.view, [image.tensor.name for image in images], self.rule_for)
+        if request.target == "cotangent":
+            return score.whole_output(self.view, reached, request.output)
+        return score.find_score(self.view, reached, axes, request.score, request.output, request.class_axis)
 
     def _reaching(self, images: Sequence[Image]) -> list[Image]:
         """Those the score depends on; all of them where it depends on none, which is refused later."""

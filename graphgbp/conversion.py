@@ -16,7 +16,7 @@ from graphgbp.emit import Emitter
 from graphgbp.errors import RequestError
 from graphgbp.layers import Layer
 from graphgbp.maps import Plan, make_maps
-from graphgbp.options import AUTO, DEFAULT_METHODS, Options
+from graphgbp.options import AUTO, DEFAULT_METHODS, Options, Request, names
 from graphgbp.prepare import prepare
 from graphgbp.score import Score
 from graphgbp.source import ModelLike, open_source, weights_folder
@@ -31,6 +31,7 @@ def convert(
     score: str = "auto",
     target: str = "required",
     target_tensor: str | None = None,
+    class_axis: int | None = None,
     rectifiers: str = "relu",
     interpolate_mode: str = "bilinear",
     relu_attributions: bool = True,
@@ -55,6 +56,7 @@ def convert(
             -1 counts it if it is predicted as the target.
         target_tensor: explain neurons of this tensor instead of an output: `target` is the channel (-1: the strongest
             at each position), `target_position` int64 [N or 1, R] the position (-1: all along that axis).
+        class_axis: the axis of the scores that holds the classes, where `graphgbp inspect` names another.
         rectifiers: "relu" applies the guided rule to ReLUs in any clothing, "all" to smooth and leaky activations too.
         interpolate_mode: how Grad-CAM is resized to the input: "bilinear" or "nearest" (Captum's default).
         relu_attributions: False leaves `gradcam` signed; Guided Grad-CAM always takes the ReLU.
@@ -71,20 +73,17 @@ def convert(
         ModelFileError, AlreadyConvertedError, UnsupportedOperatorError, OpsetError, RequestError.
     """
     options = Options(
-        methods=DEFAULT_METHODS if methods is None else _names(methods),
-        target_layers=_names(target_layer) or (AUTO,),
+        request=Request(score, target, target_tensor, class_axis, names("inputs", inputs) or None, output),
+        methods=DEFAULT_METHODS if methods is None else names("methods", methods),
+        target_layers=names("target_layer", target_layer) or (AUTO,),
         aggregate=aggregate,
-        score=score,
-        target=target,
-        target_tensor=target_tensor,
         rectifiers=rectifiers,
         interpolate_mode=interpolate_mode,
         relu_attributions=relu_attributions,
-        inputs=_names(inputs) or None,
-        output=output,
     )
     source, record = open_source(model)
-    analysis = analyse(model, source, options)
+    analysis = Analysis(prepare(source, weights_folder(model)), options.request)
+    analysis.refuse_unexplainable()
     plan = Plan(options, analysis, _layers(analysis, options) if options.needs_layer else {})
 
     g = Emitter(analysis.view.graph, analysis.view.opset)
@@ -96,34 +95,16 @@ def convert(
         contract.TARGET_SCORE: seed.target_score,
         **make_maps(g, plan, seed.cotangent),
     }
-    names = public_names(taken, [*inputs_of, *results])
-    outputs = [g.name_output(tensor, names[role]) for role, tensor in results.items()]
+    public = public_names(taken, [*inputs_of, *results])
+    outputs = [g.name_output(tensor, public[role]) for role, tensor in results.items()]
     for role, output_tensor in zip(results, outputs, strict=True):
         if role in (contract.TARGET_CLASS, contract.TARGET_SCORE):
             output_tensor.shape = (analysis.score.tensor.shape[0] if analysis.score.per_image else 1,)
     append_checked(source, analysis.view, g, list(inputs_of.values()), outputs)
-    if options.target == "optional":
+    if options.request.target == "optional":
         _default_targets(source, analysis.score, inputs_of)
-    model_file.append_metadata(source, _manifest(plan, names, record))
+    model_file.append_metadata(source, _manifest(plan, public, record))
     return source
-
-
-def _names(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if given is None else (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
-
-
-def analyse(model: ModelLike, source: onnx.ModelProto, options: Options) -> Analysis:
-    """What a conversion acts on. Raises where the model cannot be explained as asked."""
-    analysis = Analysis(
-        prepare(source, weights_folder(model)),
-        options.score,
-        options.inputs,
-        options.output,
-        whole_output=options.target == "cotangent",
-        neurons=options.target_tensor,
-    )
-    analysis.refuse_unexplainable()
-    return analysis
 
 
 def _layers(analysis: Analysis, options: Options) -> dict[str, Layer]:
@@ -134,9 +115,9 @@ def _layers(analysis: Analysis, options: Options) -> dict[str, Layer]:
 
 def _target_inputs(options: Options, score: Score, taken: set[str]) -> dict[str, gs.Variable]:
     """The inputs that say what is explained, by role."""
-    roles = targets.input_roles(score, options.target)
-    names = public_names(taken, roles)
-    return {role: targets.make_input(role, names[role], score) for role in roles}
+    roles = targets.input_roles(score, options.request.target)
+    public = public_names(taken, roles)
+    return {role: targets.make_input(role, public[role], score) for role in roles}
 
 
 def _default_targets(model: onnx.ModelProto, score: Score, inputs: Mapping[str, gs.Variable]) -> None:
@@ -149,18 +130,18 @@ def _default_targets(model: onnx.ModelProto, score: Score, inputs: Mapping[str, 
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, tensor.name))
 
 
-def _manifest(plan: Plan, names: dict[str, str], record: dict[str, Any]) -> Manifest:
+def _manifest(plan: Plan, public: dict[str, str], record: dict[str, Any]) -> Manifest:
     options, analysis = plan.options, plan.analysis
     everything = options.rectifiers == "all"
     masked = [*analysis.rectifiers, *(analysis.smooth if everything else [])]
     return Manifest(
         kind="explanation",
         graphgbp=__version__,
-        names=names,
+        names=public,
         methods=[method for method in contract.METHODS if method in options.methods],
         inputs=[image.describe() for image in analysis.images],
         score=analysis.score.describe(),
-        target=options.target,
+        target=options.request.target,
         target_layers=[{"name": name, **layer.describe()} for name, layer in plan.layers.items()],
         rectifiers=[rectifier.describe() for rectifier in masked],
         passed_through=[] if everything else [activation.describe() for activation in analysis.smooth],

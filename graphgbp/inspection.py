@@ -1,6 +1,6 @@
 """What can be explained in a model, said before anything is converted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphgbp import model_file, target
+from graphgbp import model_file
+from graphgbp import target as targets
 from graphgbp.analysis import Analysis
 from graphgbp.contract import LAYER_METHODS, METHODS
 from graphgbp.errors import GraphgbpError
 from graphgbp.nodes import label
+from graphgbp.options import Request, names
 from graphgbp.prepare import View, prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
 
@@ -58,17 +60,29 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(model: ModelLike) -> Inspection:
+def inspect(
+    model: ModelLike,
+    *,
+    score: str = "auto",
+    target: str = "required",
+    target_tensor: str | None = None,
+    class_axis: int | None = None,
+    inputs: str | Sequence[str] | None = None,
+    output: str | None = None,
+) -> Inspection:
     """Read a model, plain or converted, and say what can be explained in it and what cannot.
 
-    Raises ModelFileError where it is no usable ONNX model, OpsetError where it cannot be raised to opset 16.
+    `score`, `target`, `target_tensor`, `class_axis`, `inputs` and `output` are those of `convert`: what is said is what
+    such a conversion does. Raises ModelFileError where it is no usable ONNX model, OpsetError where it cannot be raised
+    to opset 16, RequestError for options that contradict each other.
     """
+    request = Request(score, target, target_tensor, class_axis, names("inputs", inputs) or None, output)
     source = read(model)
     path = None if isinstance(model, onnx.ModelProto) else Path(model)
     manifest = model_file.read_manifest(source)
     ours, record = raised(source, weights_folder(model))
     view = prepare(ours, weights_folder(model))
-    findings = _findings(view) if manifest is None else {}
+    findings = _findings(view, request) if manifest is None else {}
     return Inspection(
         file=str(path) if path else None,
         opset=next(entry.version for entry in source.opset_import if entry.domain in ("", "ai.onnx")),
@@ -82,9 +96,9 @@ def inspect(model: ModelLike) -> Inspection:
     )
 
 
-def _findings(view: View) -> dict[str, Any]:
+def _findings(view: View, request: Request) -> dict[str, Any]:
     try:
-        analysis = Analysis(view)
+        analysis = Analysis(view, request)
     except GraphgbpError as error:
         return {"problems": [str(error)]}
     layers, layer_problem = _layers(analysis)
@@ -94,7 +108,7 @@ def _findings(view: View) -> dict[str, Any]:
         "explained": [image.describe() for image in analysis.images],
         "score": analysis.score.describe(),
         "methods": [m for m in METHODS if not refused and (layer_problem is None or m not in LAYER_METHODS)],
-        "target_inputs": [] if refused else target.input_roles(analysis.score, "required"),
+        "target_inputs": [] if refused else targets.input_roles(analysis.score, request.target),
         "layers": layers,
         "rectifiers": [rectifier.describe() for rectifier in analysis.rectifiers],
         "passed_through": [activation.describe() for activation in analysis.smooth],

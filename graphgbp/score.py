@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from graphgbp.backward import is_float
 from graphgbp.errors import ModelFileError, RequestError, UnsupportedError
+from graphgbp.features import find_features
 from graphgbp.nodes import label
 from graphgbp.prepare import View
 from graphgbp.shapes import Dim
@@ -33,7 +34,8 @@ class Score:
     """The tensor that is explained. `class_axis` is None without classes; `two_in_one` marks one score for two.
 
     `is_probability`: it is what the final activation gives, and not what that takes. `output` is the model's output
-    it was found from, None for a neuron inside the model. `per_image`: its first axis runs over the images.
+    it was found from, None for a neuron inside the model. `per_image`: its first axis runs over the images, which are
+    as many as along the first axis of `counted`: an input, because a declared output shape can be wrong.
     """
 
     tensor: gs.Tensor
@@ -44,6 +46,7 @@ class Score:
     reason: str
     is_probability: bool = False
     per_image: bool = True
+    counted: gs.Tensor | None = None
 
     def require_shape(self) -> None:
         """Raise UnsupportedError where the rank is not known."""
@@ -95,14 +98,19 @@ class Score:
 
 
 def find_score(
-    view: View, reached: Collection[str], axes: Mapping[str, int], kind: str = "auto", output: str | None = None
+    view: View,
+    reached: Collection[str],
+    axes: Mapping[str, int],
+    kind: str = "auto",
+    output: str | None = None,
+    class_axis: int | None = None,
 ) -> Score:
     """The score behind an output.
 
     `reached` are the tensors that depend on the explained inputs, `axes` the channel axes that are known. By default
-    the output is the first that ends in a Softmax, LogSoftmax or Sigmoid, else the first of shape [N, K], else the
-    first; a detector's boxes are passed over. Raises ModelFileError where there is none, RequestError where there is
-    none as asked.
+    the output is the first [N, K] behind a Softmax or LogSoftmax, else the first [N, K], else the first behind a
+    Softmax, LogSoftmax or Sigmoid, else the first; a detector's boxes are passed over. Raises ModelFileError where
+    there is none, RequestError where there is none as asked.
     """
     if kind not in SCORES:
         raise RequestError(f"score='{kind}' is unknown; choose one of {', '.join(SCORES)}")
@@ -117,13 +125,14 @@ def find_score(
                 "LogSoftmax or Sigmoid; leave score out"
             )
         reason = f"{behind}output '{chosen.name}'{choice}, has no final activation"
-        return _score(view, scores, axes, Score(scores, chosen.name, None, None, False, reason))
+        return _with_class_axis(view, Score(scores, chosen.name, None, None, False, reason), axes, class_axis)
     after = kind == "probability"
     tensor = activation.outputs[0] if after else activation.inputs[0]
     side = "after" if after else "before"
     reason = f"{side} {activation.op} '{label(activation)}', which makes {behind}output '{chosen.name}'{choice}"
     axis = activation.attrs["axis"] if activation.op != "Sigmoid" else None
-    return _score(view, tensor, axes, Score(tensor, chosen.name, activation.op, axis, False, reason, after))
+    found = Score(tensor, chosen.name, activation.op, axis, False, reason, after)
+    return _with_class_axis(view, found, axes, class_axis)
 
 
 def whole_output(view: View, reached: Collection[str], output: str | None = None) -> Score:
@@ -132,18 +141,19 @@ def whole_output(view: View, reached: Collection[str], output: str | None = None
     if not is_float(chosen):
         raise RequestError(f"output '{chosen.name}' holds no real numbers, so it has no cotangent; name another output")
     per_image = bool(chosen.shape) and chosen.shape[0] in _batches(view)
-    return Score(chosen, chosen.name, None, None, False, f"output '{chosen.name}'{choice}, as it is", False, per_image)
+    reason = f"output '{chosen.name}'{choice}, as it is"
+    return Score(chosen, chosen.name, None, None, False, reason, False, per_image, _counted(view, chosen))
 
 
-def neuron(tensor: gs.Tensor, axes: Mapping[str, int]) -> Score:
+def neuron(view: View, tensor: gs.Tensor, axes: Mapping[str, int], class_axis: int | None = None) -> Score:
     """A tensor inside the model: its channels stand for classes, its positions can be chosen."""
     if not is_float(tensor) or not tensor.inputs:
         raise RequestError(f"'{tensor.name}' is no float tensor that the model computes; name another target_tensor")
     if not tensor.shape:
         raise RequestError(f"'{tensor.name}' has no axes of known number, so no neuron of it can be named")
-    rank = len(tensor.shape)
-    axis = axes.get(tensor.name, _feature_axis(tensor)) if rank > 1 else None
-    return Score(tensor, None, None, axis, False, "the neurons asked for")
+    score = Score(tensor, None, None, None, False, "the neurons asked for")
+    axis, reason = _class_axis(view, score, axes, class_axis)
+    return replace(score, class_axis=axis, reason=score.reason + reason, counted=_counted(view, tensor))
 
 
 def _choose_output(view: View, reached: Collection[str], name: str | None) -> tuple[gs.Tensor, str]:
@@ -200,9 +210,15 @@ def _is_matrix(tensor: gs.Tensor) -> bool:
     return shape is not None and len(shape) == _CLASSES_AND_MATRIX
 
 
+def _ends_in_softmax(tensor: gs.Tensor) -> bool:
+    activation = _final_activation(_before_post_processing(tensor))
+    return activation is not None and activation.op != "Sigmoid" and _is_matrix(tensor)
+
+
 _PREFERENCES = (
-    (_ends_in_activation, "the first that ends in a class activation"),
+    (_ends_in_softmax, "the first [N, K] behind a Softmax"),
     (_is_matrix, "the first of shape [N, K]"),
+    (_ends_in_activation, "the first that ends in a class activation"),
 )
 
 
@@ -217,22 +233,43 @@ def _final_activation(tensor: gs.Tensor) -> gs.Node | None:
     return None
 
 
-def _score(view: View, tensor: gs.Tensor, axes: Mapping[str, int], score: Score) -> Score:
-    """The score with its class axis settled: the activation's, else the one the network's layout tells, else axis 1."""
-    shape = tensor.shape or ()
+def _with_class_axis(view: View, score: Score, axes: Mapping[str, int], asked: int | None) -> Score:
+    """The score with its class axis: as asked, else the activation's, else that of the features, else axis 1."""
+    shape = score.tensor.shape or ()
     if not shape:
         return replace(score, class_axis=None, per_image=False)
-    axis = score.class_axis
-    if axis is not None:
-        axis %= len(shape)
-    elif len(shape) == 1:
-        axis = 0 if _is_one_image(view, shape[0]) else None
-    else:
-        axis = axes.get(tensor.name, _feature_axis(tensor)) if len(shape) > _CLASSES_AND_MATRIX else 1
+    axis, reason = _class_axis(view, score, axes, asked)
     single = axis is None or (shape[axis] == 1 and score.activation not in ("Softmax", "LogSoftmax"))
     return replace(
-        score, class_axis=None if single and axis == 0 else axis, two_in_one=single, per_image=single or axis != 0
+        score,
+        class_axis=None if single and axis == 0 else axis,
+        two_in_one=single,
+        per_image=single or axis != 0,
+        reason=score.reason + reason,
+        counted=_counted(view, score.tensor),
     )
+
+
+def _class_axis(view: View, score: Score, axes: Mapping[str, int], asked: int | None) -> tuple[int | None, str]:
+    """The axis, None where each position has one score alone, and words where they are called for."""
+    shape = score.tensor.shape
+    rank = len(shape)
+    if asked is not None:
+        if not -rank <= asked < rank:
+            raise RequestError(f"class_axis={asked} is none of '{score.tensor.name}' {list(shape)}; it has {rank} axes")
+        return asked % rank, ""
+    if score.class_axis is not None:
+        return score.class_axis % rank, ""
+    if rank == 1:
+        return (0 if _is_one_image(view, shape[0]) else None), ""
+    if rank == _CLASSES_AND_MATRIX:
+        return 1, ""
+    features = find_features(view, score.tensor)
+    if features is not None:
+        return features.axis, "" if features.axis is not None else "; one score for two classes at each position"
+    if score.tensor.name in axes:
+        return axes[score.tensor.name], ""
+    return 1, "; nothing tells its class axis, so axis 1 is taken: name another with class_axis"
 
 
 def _is_one_image(view: View, size: Dim) -> bool:
@@ -240,21 +277,11 @@ def _is_one_image(view: View, size: Dim) -> bool:
     return isinstance(size, int) and size > 1 and size not in _batches(view)
 
 
+def _counted(view: View, tensor: gs.Tensor) -> gs.Tensor:
+    """An input with as many images as the tensor; the tensor itself where none is known to have."""
+    same = (x for x in view.graph.inputs if x.shape and tensor.shape and x.shape[0] == tensor.shape[0])
+    return next(same, tensor)
+
+
 def _batches(view: View) -> set[Dim]:
     return {x.shape[0] for x in view.graph.inputs if is_float(x) and x.shape}
-
-
-def _feature_axis(tensor: gs.Tensor) -> int:
-    """Where a dense layer writes its features: the last axis behind a MatMul with weights; else axis 1."""
-    while isinstance(tensor, gs.Variable) and tensor.inputs:
-        node = tensor.inputs[0]
-        if node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant):
-            return len(tensor.shape) - 1
-        varied = [x for x in node.inputs if isinstance(x, gs.Variable)]
-        if node.op not in ("Add", "Sub", "Mul", "Div", *_PASSED_IN_PLACE) or len(varied) != 1:
-            break
-        tensor = varied[0]
-    return 1
-
-
-_PASSED_IN_PLACE = ("Identity", "Cast", "Dropout")

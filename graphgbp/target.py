@@ -80,15 +80,20 @@ def seed(g: Emitter, score: Score, inputs: Mapping[str, gs.Variable]) -> Seed:
 def _weighted_seed(g: Emitter, score: Score, weights: gs.Variable) -> Seed:
     """S = sum z w, with w of z's shape."""
     z = score.tensor
-    cotangent = _in_shape_of(g, g.cast(weights, z.dtype), z, contract.GUARD_WEIGHTS)
+    cotangent = _in_shape_of_score(g, g.cast(weights, z.dtype), score)
     return Seed(cotangent, None, _per_image(g, score, g.mul(z, cotangent)))
 
 
-def _in_shape_of(g: Emitter, x: gs.Tensor, z: gs.Tensor, guard: str) -> gs.Tensor:
-    """x, through a Reshape that fails where it has not as many elements as z."""
+def _in_shape_of_score(g: Emitter, x: gs.Tensor, score: Score) -> gs.Tensor:
+    """x, through a Reshape that fails where it has another shape than the score."""
+    z = score.tensor
     if all(isinstance(size, int) for size in z.shape):
         return x
-    return g.with_shape(g.op("Reshape", x, g.op("Shape", z), name=guard), z)
+    sizes = [g.as_int_vector(g.size(z, axis)) for axis in range(score.rank)]
+    wanted = g.concat([_images(g, score), *sizes[1:]] if score.per_image else sizes, 0)
+    shape = g.op("Shape", x)
+    bad = g.reduce_sum(g.cast(g.op("Not", g.equal(shape, wanted)), np.int64), [0])
+    return g.with_shape(g.op("Reshape", x, g.add(shape, bad), name=contract.GUARD_WEIGHTS), z)
 
 
 def _guarded_classes(g: Emitter, score: Score, target: gs.Variable) -> gs.Tensor:
@@ -114,7 +119,7 @@ def _class_count(g: Emitter, score: Score) -> gs.Tensor:
 
 
 def _images(g: Emitter, score: Score) -> gs.Tensor:
-    return g.as_int_vector(g.size(score.tensor, 0)) if score.per_image else g.ints([1])
+    return g.as_int_vector(g.size(score.counted, 0)) if score.per_image else g.ints([1])
 
 
 def _class_seed(g: Emitter, score: Score, classes: gs.Tensor, inputs: Mapping[str, gs.Variable]) -> Seed:
@@ -155,8 +160,7 @@ def _sum_seed(g: Emitter, score: Score) -> Seed:
 def _pixel_weights(g: Emitter, score: Score, mask: gs.Variable, is_predicted: gs.Tensor) -> gs.Tensor:
     """The mask at every pixel, in z's type; -1 stands for 1 where the pixel is predicted as the target, else for 0."""
     z = score.tensor
-    axis = 1 if score.class_axis is None else score.class_axis
-    weights = g.cast(g.unsqueeze(mask, [axis]), z.dtype)
+    weights = g.cast(g.unsqueeze(mask, [] if score.class_axis is None else [score.class_axis]), z.dtype)
     everywhere = g.where(g.less(weights, g.like(z, 0)), g.cast(is_predicted, z.dtype), weights)
     return _fitted(g, everywhere, is_predicted)
 

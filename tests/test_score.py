@@ -45,8 +45,10 @@ def dense(key="w"):
 @pytest.mark.parametrize(
     ("nodes", "outputs", "output", "words"),
     [
-        ([*FLAT, "e = MatMul(f, v)", "y = Softmax(z)"], ["e", "y"], "y", "the first that ends in a class activation"),
+        ([*FLAT, "e = MatMul(f, v)", "y = Softmax(z)"], ["e", "y"], "y", r"the first \[N, K\] behind a Softmax"),
         ([*FLAT, "m = Conv(x, pixels)", "y = Identity(z)"], ["m", "y"], "y", r"the first of shape \[N, K\]"),
+        ([*FLAT, "m = Conv(x, pixels)", "a = Softmax(m)"], ["z", "a"], "z", r"the first of shape \[N, K\]"),
+        (["c = Conv(x, pixels)", "m = Relu(c)", "a = Sigmoid(c)"], ["m", "a"], "a", "ends in a class activation"),
         ([*FLAT, "e = MatMul(f, v)"], ["z", "e"], "z", r"the first of shape \[N, K\] of 2 outputs"),
         (["a = Conv(x, pixels)", "b = Relu(a)"], ["a", "b"], "a", "the first of 2 outputs"),
         (
@@ -240,3 +242,115 @@ def test_a_neuron_without_positions():
 def test_what_is_no_neuron_is_refused(name, words):
     with pytest.raises(graphgbp.RequestError, match=words):
         graphgbp.convert(conv_net(), ["saliency"], target_tensor=name)
+
+
+# -- which axis holds the classes ---------------------------------------------------------------------------
+
+HEADS = {
+    "k15": drawn(15, 3, 1, 1, seed=11),
+    "k5": drawn(5, 3, 1, 1, seed=12),
+    "one": drawn(1, 3, 1, 1, seed=13),
+    "up": drawn(3, 5, 2, 2, seed=14),
+    "dense": drawn(3, 5, seed=15),
+    "flat": np.array([0, -1, 5]),
+    "split": np.array([0, 3, 5, 4, 4]),
+    "rows": np.array([-1, 3]),
+    "map": np.array([-1, 4, 4, 5]),
+    "first": np.array([[[0], [3], [1]]]),
+    "middle": np.array([1]),
+    "both": np.array([1, 2]),
+}
+LAST = "t = Transpose<perm=[0,2,3,1]>(c)"
+CLASS_AXES = {
+    "anchors, laid out last": (["c = Conv(x, k15)", LAST, "y = Reshape(t, flat)"], 2),
+    "anchors, split": (
+        ["c = Conv(x, k15)", "s = Reshape(c, split)", "t = Transpose<perm=[0,3,4,1,2]>(s)", "y = Reshape(t, flat)"],
+        2,
+    ),
+    "two levels": (
+        [
+            "c = Conv(x, k15)", LAST, "a = Reshape(t, flat)", "d = Conv<strides=[2,2]>(x, k5)",
+            "e = Transpose<perm=[0,2,3,1]>(d)", "b = Reshape(e, flat)", "y = Concat<axis=1>(a, b)",
+        ],
+        2,
+    ),
+    "boxes and classes side by side": (
+        ["c = Conv(x, k5)", "m = ReduceMax<keepdims=1>(x, middle)", "a = Concat<axis=1>(m, c)", "y = Relu(a)"],
+        1,
+    ),
+    "the best rows": (
+        [
+            "c = Conv(x, k5)", LAST, "r = Reshape(t, flat)", "i = Expand(first, shape)",
+            "y = GatherElements<axis=1>(r, i)",
+        ],
+        2,
+    ),
+    "Gemm, one row": (
+        ["f = ReduceMean(x, both)", "g = Squeeze(f, both)", "h = Gemm(g, mix)", "y = Unsqueeze(h, middle)"], 2
+    ),
+    "Einsum": (["y = Einsum<equation=\"nchw,ck->nhwk\">(x, dense)"], 3),
+    "dense over channels last": (
+        ["t = Transpose<perm=[0,2,3,1]>(x)", "r = Reshape(t, rows)", "d = MatMul(r, dense)", "y = Reshape(d, map)"], 3
+    ),
+    "one score, channels last": (["c = Conv(x, one)", "y = Transpose<perm=[0,2,3,1]>(c)"], 3),
+    "one score, squeezed": (["c = Conv(x, one)", "y = Squeeze(c, middle)"], None),
+    "transposed convolution, channels last": (["c = ConvTranspose(x, up)", "y = Transpose<perm=[0,2,3,1]>(c)"], 3),
+}  # fmt: skip
+
+
+def head(name: str):
+    nodes, axis = CLASS_AXES[name]
+    weights = {**HEADS, "shape": np.array([2, 3, 5]), "mix": drawn(4, 5, seed=16)}
+    weights["both"] = np.array([1, 2])
+    return model(nodes, {"x": (2, 3, 4, 4)}, [nodes[-1].split(" =")[0]], weights), axis
+
+
+@pytest.mark.parametrize("name", CLASS_AXES)
+def test_the_class_axis_is_where_the_network_writes_its_features(name):
+    proto, axis = head(name)
+    score = Analysis(prepare(proto)).score
+    assert score.class_axis == axis and "nothing tells" not in score.reason
+
+
+@pytest.mark.parametrize("name", ["anchors, laid out last", "two levels", "the best rows", "Einsum"])
+def test_scores_of_every_row_are_those_of_the_class(name):
+    """The saliency is the slope of the sum of class 3 over all rows, by central differences of the untouched model."""
+    proto, axis = head(name)
+    x, v = drawn(2, 3, 4, 4, seed=17), drawn(2, 3, 4, 4, seed=18)
+    pixels = {"mask": np.ones((1, 1))} if name == "Einsum" else {}
+    got = graphgbp.Explainer(proto, ["saliency"], device="cpu").explain(x, 3, **pixels)
+    high, low = (run(proto, {"x": (x + step * v).astype(np.float32)}) for step in (0.5, -0.5))
+    slope = sum(float((high[key].astype(np.float64) - low[key]).take(3, axis).sum()) for key in high)
+    np.testing.assert_allclose((got.saliency * v).sum(), slope, rtol=1e-4)
+
+
+def test_a_class_axis_that_nothing_tells_is_said_and_can_be_named():
+    proto = model(["y = Relu(x)"], {"x": ("N", 4, 6)}, ["y"])
+    assert "nothing tells its class axis, so axis 1 is taken" in graphgbp.inspect(proto).score["reason"]
+    assert graphgbp.inspect(proto, class_axis=-1).score["class_axis"] == 2
+    x = np.abs(drawn(1, 4, 6)) + 0.1
+    got = run(graphgbp.convert(proto, ["saliency"], class_axis=2), {"x": x, "target": np.array([5])})
+    expected = np.zeros((1, 4, 6))
+    expected[:, :, 5] = 1
+    np.testing.assert_array_equal(got["saliency"], expected)
+    with pytest.raises(graphgbp.RequestError, match="class_axis=3 is none of 'y'"):
+        graphgbp.convert(proto, ["saliency"], class_axis=3)
+
+
+def test_a_depth_map_has_one_score_at_each_pixel():
+    proto, _ = head("one score, squeezed")
+    x = drawn(2, 3, 4, 4, seed=17)
+    mask = np.zeros((4, 4))
+    mask[1, 2] = 1
+    got = graphgbp.Explainer(proto, ["saliency"], device="cpu").explain(x, [1, 0], mask=mask)
+    expected = np.zeros_like(x)
+    expected[:, :, 1, 2] = HEADS["one"][0, :, 0, 0] * np.array([[1], [-1]])
+    np.testing.assert_allclose(got.saliency, expected, atol=1e-7)
+
+
+def test_a_batch_declared_too_small_is_no_obstacle():
+    proto = made([*FLAT, "y = Identity(z)"], ["y"])
+    proto.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+    got = graphgbp.Explainer(proto, ["saliency"], device="cpu").explain(X, [3, 1, -1])
+    assert got.target_class[:2].tolist() == [3, 1]
+    np.testing.assert_allclose(got.saliency[1], WEIGHTS["w"][:, 1].reshape(3, 2, 2), rtol=1e-6)

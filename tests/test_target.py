@@ -7,6 +7,7 @@ import torch
 
 import graphgbp
 from graphgbp.analysis import Analysis
+from graphgbp.options import Request
 from graphgbp.prepare import prepare
 from tests.build import drawn, model, small_cnn
 from tests.rules.harness import run
@@ -17,7 +18,7 @@ FLAT = ["f = Flatten(x)", "z = MatMul(f, w)"]
 
 def score_of(nodes, output=None, kind="auto", inputs=None):
     made = model(nodes, inputs or {"x": ("N", 3, 2, 2)}, ["y"], HEAD)
-    return Analysis(prepare(made), kind, output=output).score
+    return Analysis(prepare(made), Request(kind, output=output)).score
 
 
 @pytest.mark.parametrize(

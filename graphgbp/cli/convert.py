@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 
-from graphgbp.cli import console
+from graphgbp.cli import console, request
 from graphgbp.errors import OutputError
 
-SCORES = ("auto", "pre_softmax", "probability")
-TARGETS = ("required", "optional", "weights", "cotangent")
 RECTIFIERS = ("relu", "all")
 AGGREGATES = ("mean",)
 INTERPOLATE_MODES = ("bilinear", "nearest")
@@ -29,26 +27,12 @@ INTERPOLATE_MODES = ("bilinear", "nearest")
     help="Where Grad-CAM is taken: a tensor, a node, or auto; may be repeated.  [default: auto]",
 )
 @click.option("--aggregate", type=click.Choice(AGGREGATES), help="Make one Grad-CAM of several layers.")
-@click.option(
-    "--score", type=click.Choice(SCORES), default="auto", help="Explain the score before or after the softmax."
-)
-@click.option(
-    "--target", type=click.Choice(TARGETS), default="required", help="The class as an input, with or without a default."
-)
-@click.option("--target-tensor", metavar="NAME", help="Explain neurons of this tensor instead of an output.")
+@request.options
 @click.option("--rectifiers", type=click.Choice(RECTIFIERS), default="relu", help="What the guided rule masks.")
 @click.option(
     "--interpolate-mode", type=click.Choice(INTERPOLATE_MODES), default="bilinear", help="How Grad-CAM is resized."
 )
 @click.option("--no-relu-attributions", is_flag=True, help="Leave Grad-CAM signed.")
-@click.option(
-    "--input-name",
-    "inputs",
-    multiple=True,
-    metavar="NAME",
-    help="An input to explain; may be repeated.  [default: all]",
-)
-@click.option("--output-name", metavar="NAME", help="The output to explain, where `inspect` names another.")
 @click.option("--force", is_flag=True, help="Replace OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def convert(model: str, out: str, methods: tuple[str, ...], force: bool, as_json: bool, **options: Any) -> None:
@@ -64,14 +48,10 @@ def convert(model: str, out: str, methods: tuple[str, ...], force: bool, as_json
             **given,
             target_layer=options["layers"] or None,
             aggregate=options["aggregate"],
-            score=options["score"],
-            target=options["target"],
-            target_tensor=options["target_tensor"],
             rectifiers=options["rectifiers"],
             interpolate_mode=options["interpolate_mode"],
             relu_attributions=not options["no_relu_attributions"],
-            inputs=options["inputs"] or None,
-            output=options["output_name"],
+            **request.given(options),
         )
         graphgbp.save(converted, out, weights_from=Path(model).parent)
     manifest = read_manifest(converted)

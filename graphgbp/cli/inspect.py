@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from graphgbp.cli import console
+from graphgbp.cli import console, request
 
 if TYPE_CHECKING:
     from graphgbp.inspection import Inspection
@@ -15,13 +15,17 @@ _LAYERS_SHOWN = 12
 
 @click.command(no_args_is_help=True, short_help="Say what can be explained in a model.")
 @click.argument("model")
+@request.options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def inspect(model: str, as_json: bool) -> None:
-    """Say what can be explained in MODEL: inputs, score, candidate layers and why, rectifiers, gaps."""
+def inspect(model: str, as_json: bool, **options: Any) -> None:
+    """Say what can be explained in MODEL: inputs, score, candidate layers and why, rectifiers, gaps.
+
+    With the options of convert, what such a conversion would do.
+    """
     import graphgbp
 
     with console.progress(f"reading {model}"):
-        found = graphgbp.inspect(model)
+        found = graphgbp.inspect(model, **request.given(options))
     if as_json:
         console.print_json(found.to_dict())
         return

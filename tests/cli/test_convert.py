@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 import graphgbp
+from graphgbp.cli import request
 from graphgbp.heads import INTERPOLATE_MODES
 from graphgbp.model_file import read_manifest
 from graphgbp.options import RECTIFIERS, TARGETS
@@ -25,7 +26,7 @@ def test_writes_what_convert_makes(run, folder):
 def test_every_option_reaches_convert(run, folder):
     arguments = ["--methods", "gradcam,saliency", "--methods", "deconvnet", "--layer", "r1", "--score", "probability"]
     arguments += ["--target", "optional", "--rectifiers", "all", "--interpolate-mode", "nearest"]
-    arguments += ["--no-relu-attributions", "--input-name", "x", "--output-name", "y"]
+    arguments += ["--no-relu-attributions", "--input-name", "x", "--output-name", "y", "--class-axis", "-1"]
     assert run("convert", "model.onnx", "-o", "out.onnx", *arguments).exit_code == 0
     expected = graphgbp.convert(
         "model.onnx",
@@ -38,13 +39,14 @@ def test_every_option_reaches_convert(run, folder):
         relu_attributions=False,
         inputs="x",
         output="y",
+        class_axis=-1,
     )
     assert (folder / "out.onnx").read_bytes() == expected.SerializeToString(deterministic=True)
 
 
 def test_the_choices_are_the_librarys():
     command = sys.modules["graphgbp.cli.convert"]
-    offered = (command.SCORES, command.TARGETS, command.RECTIFIERS, command.INTERPOLATE_MODES)
+    offered = (request.SCORES, request.TARGETS, command.RECTIFIERS, command.INTERPOLATE_MODES)
     assert offered == (SCORES, TARGETS, RECTIFIERS, tuple(INTERPOLATE_MODES))
 
 
