@@ -180,11 +180,11 @@ def _positive_seed(original: Callable[..., target.Seed]) -> Callable[..., target
 
 
 def _probability(original: Callable[..., score.Score]) -> Callable[..., score.Score]:
-    def faulty(view: Any, reached: Any, axes: Any, kind: str = "auto", output: str | None = None) -> score.Score:
+    def faulty(view: Any, reached: Any, axes: Any, kind: str = "auto", *rest: Any) -> score.Score:
         try:
-            return original(view, reached, axes, "probability" if kind == "auto" else kind, output)
+            return original(view, reached, axes, "probability" if kind == "auto" else kind, *rest)
         except RequestError:
-            return original(view, reached, axes, kind, output)
+            return original(view, reached, axes, kind, *rest)
 
     return faulty
 
