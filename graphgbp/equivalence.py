@@ -42,6 +42,7 @@ def run_on_random_input(model: onnx.ModelProto, weights: Feeds) -> tuple[Feeds, 
     failures: list[str] = []
     try:
         session = _Session(model)
+        weights = {name: value for name, value in weights.items() if name in session.takes}
         for batch, size in guesses:
             feeds = _random_feeds(inputs, batch, size)
             shapes = {name: list(value.shape) for name, value in feeds.items()}
@@ -81,6 +82,12 @@ class _Session:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise RunError(one_line(error)) from None
+
+    @property
+    def takes(self) -> set[str]:
+        """What can be fed: before IR version 4 no initializer, even where it is listed as an input."""
+        values = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
+        return {value.name for value in values}
 
     def run(self, feeds: Feeds) -> list[Any]:
         try:

@@ -73,7 +73,7 @@ def seed(g: Emitter, score: Score, inputs: Mapping[str, gs.Variable]) -> Seed:
         if score.two_in_one:
             return _two_class_seed(g, score, classes, inputs.get(contract.TARGET_MASK))
         if score.class_axis is None:
-            return _sum_seed(g, score)
+            return _sum_seed(g, score, classes, inputs)
         return _class_seed(g, score, classes, inputs)
 
 
@@ -153,8 +153,13 @@ def _two_class_seed(g: Emitter, score: Score, classes: gs.Tensor, mask: gs.Varia
     return Seed(cotangent, _target_class(g, score, classes, wanted), _per_image(g, score, terms))
 
 
-def _sum_seed(g: Emitter, score: Score) -> Seed:
-    return Seed(g.like(score.tensor, 1), g.ints([0]), _per_image(g, score, score.tensor))
+def _sum_seed(g: Emitter, score: Score, classes: gs.Tensor, inputs: Mapping[str, gs.Variable]) -> Seed:
+    z = score.tensor
+    cotangent: gs.Tensor = g.like(z, 1)
+    if contract.TARGET_POSITION in inputs:
+        cotangent = g.expand_like(g.cast(_at_positions(g, score, inputs[contract.TARGET_POSITION]), z.dtype), z)
+    only = classes if score.position_axes else g.ints([0])
+    return Seed(cotangent, g.op("Expand", only, _images(g, score)), _per_image(g, score, g.mul(z, cotangent)))
 
 
 def _pixel_weights(g: Emitter, score: Score, mask: gs.Variable, is_predicted: gs.Tensor) -> gs.Tensor:

@@ -354,3 +354,13 @@ def test_a_batch_declared_too_small_is_no_obstacle():
     got = graphgbp.Explainer(proto, ["saliency"], device="cpu").explain(X, [3, 1, -1])
     assert got.target_class[:2].tolist() == [3, 1]
     np.testing.assert_allclose(got.saliency[1], WEIGHTS["w"][:, 1].reshape(3, 2, 2), rtol=1e-6)
+
+
+def test_a_neuron_of_a_single_feature_has_positions():
+    proto, _ = head("one score, squeezed")
+    x = drawn(2, 3, 4, 4, seed=17)
+    got = graphgbp.Explainer(proto, ["saliency"], target_tensor="y", device="cpu").explain(x, position=[1, 2])
+    expected = np.zeros_like(x)
+    expected[:, :, 1, 2] = HEADS["one"][0, :, 0, 0]
+    np.testing.assert_allclose(got.saliency, expected, atol=1e-7)
+    assert got.target_class.tolist() == [-1, -1]

@@ -25,7 +25,7 @@ from graphgbp.source import ModelLike
 from graphgbp.verification.cams import check_cams
 from graphgbp.verification.forward import check_forward, check_score
 from graphgbp.verification.gradient import check_gradients, check_masked_gradient
-from graphgbp.verification.integrity import check_appended, check_fingerprint, check_guard, check_names
+from graphgbp.verification.integrity import check_appended, check_fingerprint, check_guard, check_manifest, check_names
 from graphgbp.verification.masks import DECONVNET, GUIDED, check_masks
 from graphgbp.verification.report import PASS, Check, Verification, unchecked
 from graphgbp.verification.structure import check_kernels, check_rectifiers, find_activations_of, written_out
@@ -73,6 +73,7 @@ def _check_policies(subject: Subject) -> Iterator[Check]:
     except GraphgbpError as error:
         yield unchecked("rectifiers", f"the forward graph cannot be read: {error}")
         return
+    yield check_manifest(subject, activations)
     yield check_rectifiers(subject, activations)
     smooth = activations.smooth if subject.manifest.options["rectifiers"] == "all" else []
     if not {contract.GUIDED_BACKPROP, contract.GUIDED_GRADCAM}.isdisjoint(subject.manifest.methods):

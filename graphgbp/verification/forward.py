@@ -57,7 +57,10 @@ def check_score(subject: Subject) -> Check | None:
     for targets in requests:
         z, w = subject.z, weights(subject, subject.z, targets)
         expected = score_per_image(subject, z, w)
-        found = outputs_of(part, {**subject.point, **targets})
+        try:
+            found = outputs_of(part, {**subject.point, **targets})
+        except RunError as error:
+            return failed(name, f"ONNX Runtime does not run the file: {error}")
         scores = found[subject.manifest.names[contract.TARGET_SCORE]]
         if scores.shape != expected.shape:
             return failed(name, f"target_score has shape {list(scores.shape)}, expected {list(expected.shape)}")

@@ -1,5 +1,6 @@
 """Is it the source, with nothing changed and everything promised added?"""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ import onnx
 
 from graphgbp import contract, model_file
 from graphgbp.equivalence import Feeds, RunError, outputs_of
+from graphgbp.image import find_images
+from graphgbp.rectifiers import Activations
 from graphgbp.verification.report import Check, failed, passed, unchecked
 from graphgbp.verification.subject import Subject, is_appended, part_for
 
@@ -131,6 +134,27 @@ def check_names(subject: Subject) -> Check:
         return failed(name, f"the manifest names {', '.join(missing)}, which the file does not have")
     count = sum(len(tensors) for tensors in wanted.values())
     return passed(name, f"all {count} names of the manifest are in the file", names=count)
+
+
+def check_manifest(subject: Subject, activations: Activations) -> Check:
+    """What the manifest says of the file beside names and rectifiers, worked out again from the forward graph."""
+    name, manifest = "manifest", subject.manifest
+    held = {contract.method_of(role) for role in manifest.names}
+    everything = manifest.options["rectifiers"] == "all"
+    wanted = {
+        "methods": [method for method in contract.METHODS if method in held],
+        "inputs": [image.describe() for image in find_images(subject.view, [x["name"] for x in manifest.inputs])],
+        "passed_through": [] if everything else [found.describe() for found in activations.smooth],
+        "surrogates": [],
+    }
+    wrong = [key for key, value in wanted.items() if _plain(getattr(manifest, key)) != _plain(value)]
+    if wrong:
+        return failed(name, f"its {', '.join(wrong)} are not what the file has: {_plain(wanted[wrong[0]])}")
+    return passed(name, f"its {', '.join(wanted)} are those of the file")
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def check_guard(subject: Subject) -> Check | None:

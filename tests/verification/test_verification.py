@@ -11,6 +11,7 @@ import graphgbp
 from graphgbp import contract
 from graphgbp.verification import double
 from tests.build import drawn, model, small_cnn
+from tests.scores import per_pixel
 from tests.verification.networks import ALL, behind, edit_manifest, network, node, with_branches, with_functions
 
 OUTPUT = f"{contract.SCOPE}/output"
@@ -325,6 +326,10 @@ def _no_cuda_kernel(made):
     node(made, f"{OUTPUT}/saliency").op_type = "Mean"
 
 
+def _manifest_says(**changes):
+    return lambda made: edit_manifest(made, lambda manifest: manifest.update(changes))
+
+
 GRADIENT, GUIDED, DECONVNET = (f"{contract.SCOPE}/{scope}/" for scope in ("gradient", "guided", "deconvnet"))
 DAMAGE = {
     "fingerprint": ((), _foreign_sha, {"fingerprint"}),
@@ -332,7 +337,10 @@ DAMAGE = {
     "outputs in another order": ((), _outputs_in_another_order, {"appended only"}),
     "a foreign node": ((), _foreign_node, {"appended only"}),
     "another header": ((), _other_header, {"appended only"}),
-    "a name that is nowhere": ((), _missing_name, {"names"}),
+    "a name that is nowhere": ((), _missing_name, {"names", "manifest"}),
+    "methods that are not told": ((), _manifest_says(methods=["saliency"]), {"manifest"}),
+    "surrogates that are none": ((), _manifest_says(surrogates=["y"]), {"manifest"}),
+    "activations that are not told": ((), _manifest_says(passed_through=[]), {"manifest"}),
     "the score's sign": ((), _negative_score, {"score"}),
     "no guard": ((), _no_guard, {"target guard"}),
     "saliency times 1.05": ((), _slightly_larger("saliency"), {"gradient"}),
@@ -400,3 +408,26 @@ def test_in_float32_where_the_reference_evaluator_cannot_run(monkeypatch):
     assert found["gradient"].status == "pass" and "not today" in found["gradient"].detail
     behind(made, "saliency", "Mul", 1.2)
     assert failures(made, smooth) == {"gradient"}
+
+
+def test_every_way_to_choose_the_target_is_tried():
+    """A mask that never leaves a pixel to the prediction, a position that is never looked at: both fail."""
+    segmented = graphgbp.convert(per_pixel(), "saliency")
+    assert graphgbp.verify(segmented, per_pixel()).passed
+    share = next(n for n in segmented.graph.node if n.op_type == "Where" and n.input[0].endswith("Less_1"))
+    share.input[1] = share.input[2]
+    assert "score" in failures(segmented, per_pixel())
+    layer = next(output for node in network().graph.node if node.op_type == "Conv" for output in node.output)
+    neurons = graphgbp.convert(network(), "saliency", target_tensor=layer)
+    assert graphgbp.verify(neurons, network()).passed
+    for either in [n for n in neurons.graph.node if n.op_type == "Or" and "/target/" in n.name][-2:]:
+        either.input[0] = either.input[1]
+    assert "score" in failures(neurons, network())
+
+
+@pytest.mark.parametrize("ir_version", [3, 4])
+def test_weights_that_are_inputs(ir_version):
+    source = small_cnn(opset=16, ir_version=ir_version)
+    for tensor in source.graph.initializer:
+        source.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    assert graphgbp.verify(graphgbp.convert(source, ALL), source).passed
