@@ -82,7 +82,10 @@ class Analysis:
 
     @cached_property
     def _search(self) -> LayerSearch:
-        return LayerSearch(self.view, self.image.tensor, self.score.tensor, self.layouts, self.rule_for)
+        tensor, axis = self.score.tensor, self.score.class_axis
+        if axis is None and tensor.name in self.layouts:  # an output as it is, seeded with a cotangent
+            axis = self.layouts[tensor.name].channel_axis
+        return LayerSearch(self.view, self.image.tensor, tensor, axis, self.layouts, self.rule_for)
 
     @property
     def layers(self) -> list[Layer]:

@@ -81,6 +81,7 @@ def reshaped(x: gs.Tensor, y: gs.Tensor, axes: Axes) -> Axes | None:
         return axes
     before = _by_name([part.size for part in parts], images)
     made: list[Axis] = []
+    dropped: list[tuple[int, Part]] = []
     done = 0
     while len(made) < len(after) or done < len(parts):
         steps = _steps(len(parts) - done, len(after) - len(made))
@@ -89,9 +90,29 @@ def reshaped(x: gs.Tensor, y: gs.Tensor, axes: Axes) -> Axes | None:
         pieces = _pieces(taken[0], y, len(made), gave) if took == 1 and gave > 1 else [taken] * gave
         if took + gave == 0 or pieces is None:
             return None
+        dropped += [(len(made), part) for part in taken] if not gave else []
         made += pieces
         done += took
+    return with_single(made, dropped)
+
+
+def with_single(axes: Sequence[Axis], dropped: Iterable[tuple[int, Part]]) -> Axes:
+    """The axes, with the directions of one position that went before their i-th: each on the next axis of positions.
+
+    A grid of one row keeps its row so. Where there is no such axis at either side, nothing is kept.
+    """
+    made = list(axes)
+    for index, part in dropped:
+        if part.counts in DIRECTIONS and part.size == 1:
+            if index and _holds_positions(made[index - 1]):
+                made[index - 1] = (*made[index - 1], part)
+            elif index < len(made) and _holds_positions(made[index]):
+                made[index] = (part, *made[index])
     return tuple(made)
+
+
+def _holds_positions(axis: Axis) -> bool:
+    return bool(axis) and all(part.counts.rstrip("'") in DIRECTIONS for part in axis)
 
 
 def _names_of_images(x: gs.Tensor, axes: Axes) -> set[int | str]:

@@ -2,6 +2,7 @@
 
 Behind the last attention of a transformer that classifies by its class token, the other tokens have no way to the
 score: their gradient is zero by structure. The search goes from the score to the image; what it cannot tell reaches.
+So does the search for the tensors that hold the scores already, each channel those of one class.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,13 +14,19 @@ import onnx_graphsurgeon as gs
 from graphgbp.nodes import axes_of, permutation, slices
 
 _ELEMENTWISE = {
-    "Abs", "Add", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
-    "Identity", "LeakyRelu", "Log", "Max", "Mean", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu",
-    "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tanh", "ThresholdedRelu", "Where",
+    "Abs", "Add", "Cast", "Celu", "Clip", "DequantizeLinear", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu",
+    "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Max", "Mean", "Min", "Mish", "Mul", "Neg", "PRelu",
+    "Pow", "QuantizeLinear", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Sum",
+    "Swish", "Tanh", "ThresholdedRelu", "Where",
 }  # fmt: skip
 _ALONG_AN_AXIS = {"Hardmax", "LogSoftmax", "LpNormalization", "Softmax"}
 _FROM_AN_AXIS_ON = {"LayerNormalization", "RMSNormalization"}
 _RESHAPING = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
+_CHANNEL_BY_CHANNEL = {
+    "AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "GridSample", "InstanceNormalization",
+    "LpPool", "MaxPool",
+}  # fmt: skip
+_CONVOLUTIONS = {"Conv", "ConvTranspose"}
 
 
 class Extent(NamedTuple):
@@ -45,6 +52,34 @@ def reaching(nodes: Iterable[gs.Node], score: gs.Tensor) -> Extents:
                     extent = _needed(node, index, y, found[y.name])
                     found[x.name] = _union(found[x.name], extent) if x.name in found else extent
     return found
+
+
+def one_to_one(nodes: Iterable[gs.Node], score: gs.Tensor, class_axis: int) -> dict[str, int]:
+    """The tensors of whose slices along an axis each reaches the scores of one class alone, with that axis."""
+    found: dict[str, int | None] = {score.name: class_axis}
+    for node in reversed(list(nodes)):
+        for y in node.outputs:
+            if y.name not in found:
+                continue
+            for index, x in enumerate(node.inputs):
+                if isinstance(x, gs.Variable) and not x.is_empty():
+                    axis = _same_slices(node, index, y, found[y.name])
+                    found[x.name] = axis if found.get(x.name, axis) == axis else None
+    return {name: axis for name, axis in found.items() if axis is not None}
+
+
+def _same_slices(node: gs.Node, index: int, y: gs.Tensor, axis: int | None) -> int | None:
+    """The axis of input `index` whose slices are those of the output's, as many, each made of its own alone.
+
+    A Softmax over the classes is passed: what it takes are their scores too.
+    """
+    x = node.inputs[index]
+    if axis is None or x.shape is None or y.shape is None:
+        return None
+    if node.op in _ALONG_AN_AXIS:
+        return axis
+    place = _source_axis(node, index, x, y, axis)
+    return place if place is not None and x.shape[place] == y.shape[axis] else None
 
 
 def _union(a: Extent, b: Extent) -> Extent:
@@ -137,8 +172,29 @@ def _source_axis(node: gs.Node, index: int, x: gs.Tensor, y: gs.Tensor, axis: in
     if node.op in _RESHAPING:
         return _same_place(x, y, axis)
     if node.op.startswith("Reduce"):
-        return axis if not shift and axis not in (axes_of(node, len(x.shape)) or [axis]) else None
-    return None
+        return _spared_axis(axes_of(node, len(x.shape)), len(x.shape), len(y.shape), axis)
+    return axis if _keeps_slices(node, x, y, axis) else None
+
+
+def _spared_axis(reduced: list[int], rank: int, left: int, axis: int) -> int | None:
+    """The axis of what is reduced, to some axes that stay in place or go."""
+    kept = [place for place in range(rank) if place not in reduced]
+    if left == rank:
+        return axis if reduced and axis in kept else None
+    return kept[axis] if len(kept) == left else None
+
+
+def _keeps_slices(node: gs.Node, x: gs.Tensor, y: gs.Tensor, axis: int) -> bool:
+    """Whether the slices along an axis are kept apart and in place."""
+    if node.op in _CONVOLUTIONS:
+        return axis == 0 or (axis == 1 and node.attrs.get("group", 1) == x.shape[1] == y.shape[1])
+    if node.op == "Resize":
+        crops = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+        return x.shape[axis] == y.shape[axis] and not crops
+    if node.op == "Slice":
+        known = all(isinstance(bound, gs.Constant) for bound in node.inputs[1:] if not bound.is_empty())
+        return known and axis not in [cut for cut, *_ in slices(node)]
+    return node.op == "BatchNormalization" or (node.op in _CHANNEL_BY_CHANNEL and axis < 2)
 
 
 def _factor_axis(index: int, axis: int, x: gs.Tensor, y: gs.Tensor) -> int | None:

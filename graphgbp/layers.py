@@ -3,7 +3,8 @@
 A candidate is a spatial tensor that every path from the input to the score crosses: no later decision of the network
 goes around it. `auto` takes the last of them, after its activation, before the pooling. The blocks of a transformer go
 around everything but their sums; there the normalizations that feed attention are candidates too, and `auto` takes
-the last of those. A tensor of whose positions none reaches the score is no candidate.
+the last of those. A tensor of whose positions none reaches the score is no candidate. One whose channels are the
+classes is none for `auto`: a class has no gradient but in its own channel, and Grad-CAM would be that channel.
 """
 
 import difflib
@@ -18,7 +19,7 @@ from graphgbp import attention
 from graphgbp.backward import RuleFor, active_nodes, is_float, varied_tensors
 from graphgbp.contract import RECOMPUTED
 from graphgbp.errors import RequestError
-from graphgbp.extents import ALL, NOTHING, Extents, reaching
+from graphgbp.extents import ALL, NOTHING, Extents, one_to_one, reaching
 from graphgbp.layouts import Layout, Layouts
 from graphgbp.nodes import input_names, label
 from graphgbp.prepare import View
@@ -65,11 +66,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerSearch:
-    """The search for target layers between an image and a score."""
+    """The search for target layers between an image and a score, whose classes stand along `class_axis`."""
 
     view: View
     image: gs.Tensor
     score: gs.Tensor
+    class_axis: int | None
     layouts: Layouts
     rule_for: RuleFor
 
@@ -80,6 +82,16 @@ class LayerSearch:
     @cached_property
     def extents(self) -> Extents:
         return reaching(self.nodes, self.score)
+
+    @cached_property
+    def _class_maps(self) -> set[str]:
+        """The tensors whose channels are the classes, one to one."""
+        if self.class_axis is None:
+            return set()
+        found = one_to_one(self.nodes, self.score, self.class_axis)
+        return {
+            name for name, axis in found.items() if name in self.layouts and self.layouts[name].channel_axis == axis
+        }
 
     @cached_property
     def candidates(self) -> list[Layer]:
@@ -116,18 +128,26 @@ class LayerSearch:
     def _auto(self) -> Layer:
         last = self._attending[-1] if self._attending else None
         if last is None:
-            return _last(self.candidates)
+            return self._last()
         if last.name not in self.layouts:
             raise RequestError(
                 f"the network attends last behind '{last.name}' {list(last.shape or ())}, and which positions it holds "
                 f"cannot be traced back to a feature map, so target_layer='auto' finds none; {_advice(self.candidates)}"
             )
         layers = [layer for layer in self.candidates if layer.feeds_attention]
-        return (
-            replace(layers[-1], reason=f"the last of its kind: {layers[-1].reason}")
-            if layers
-            else _last(self.candidates)
-        )
+        return replace(layers[-1], reason=f"the last of its kind: {layers[-1].reason}") if layers else self._last()
+
+    def _last(self) -> Layer:
+        """The last candidate that does not hold the scores themselves."""
+        layers = [layer for layer in self.candidates if layer.tensor.name not in self._class_maps]
+        if self.candidates and not layers:
+            raise RequestError(
+                "the channels of every spatial tensor on the way to the score are the classes: Grad-CAM of a class "
+                f"would be its own channel, so target_layer='auto' takes none; {_advice(self.candidates)}"
+            )
+        last = _last(layers)
+        passed = len(layers) < len(self.candidates)
+        return replace(last, reason=f"{last.reason}; behind it the channels are the classes") if passed else last
 
     def _named(self, request: str) -> Layer:
         tensor, advice = find_tensor(self.view, request, self.candidates), _advice(self.candidates)
@@ -177,7 +197,8 @@ class LayerSearch:
         readers = self._readers[tensor.name]
         before = f", before {readers[0].op} '{label(readers[0])}'" if len(readers) == 1 else ""
         tokens = _tokens(self.layouts[tensor.name], tensor)
-        return f"every path from the input to the score crosses it; {after}{before}{tokens}"
+        classes = "; its channels are the classes" if tensor.name in self._class_maps else ""
+        return f"every path from the input to the score crosses it; {after}{before}{tokens}{classes}"
 
 
 def _tokens(layout: Layout, tensor: gs.Tensor) -> str:

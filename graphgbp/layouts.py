@@ -6,14 +6,28 @@ On the way an axis is a product of parts, so that a reshape can merge and split 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphgbp.axes import BATCH, CHANNELS, DIRECTIONS, TOKENS, Axes, Axis, Part, maps, positions_of, reshaped, settled
+from graphgbp.axes import (
+    BATCH,
+    CHANNELS,
+    DIRECTIONS,
+    TOKENS,
+    Axes,
+    Axis,
+    Part,
+    maps,
+    positions_of,
+    reshaped,
+    settled,
+    with_single,
+)
 from graphgbp.image import Image
 from graphgbp.nodes import axes_of, permutation, slices
 from graphgbp.prepare import View
@@ -67,7 +81,7 @@ class Layout:
 Layouts = dict[str, Layout]
 
 
-def find_layouts(view: View, images: Iterable[Image]) -> Layouts:
+def find_layouts(view: View, images: Sequence[Image]) -> Layouts:
     """The layout of every tensor that has one, by name."""
     known = {x.tensor.name: maps(x.tensor, x.layout.index("C")) for x in images if x.layout is not None}
     for node in view.graph.nodes:
@@ -75,12 +89,16 @@ def find_layouts(view: View, images: Iterable[Image]) -> Layouts:
     for node in reversed(view.graph.nodes):
         for x, axes in _told_by_reader(node, known):
             known.setdefault(x.name, axes)
-    layouts = ((name, _layout(axes)) for name, axes in known.items())
+    directions = max((len(x.position_axes) for x in images if x.layout is not None), default=0)
+    layouts = ((name, _layout(axes, directions)) for name, axes in known.items())
     return {name: layout for name, layout in layouts if layout is not None}
 
 
-def _layout(axes: Axes) -> Layout | None:
-    """The layout of a tensor with an axis of images, an axis of channels, and every position on the others."""
+def _layout(axes: Axes, directions: int) -> Layout | None:
+    """The layout of a tensor with an axis of images, an axis of channels, and every position on the others.
+
+    Of a direction of one position that has no axis, and that the images do not have either, nothing is told.
+    """
     counts = ["".join(part.counts for part in axis) for axis in axes]
     if counts.count(BATCH) != 1 or counts.count(CHANNELS) != 1:
         return None
@@ -88,8 +106,10 @@ def _layout(axes: Axes) -> Layout | None:
     places = tuple(index for index in range(len(axes)) if index not in (batch, channels))
     others = next((index for index in places if counts[index] == TOKENS), None)
     positions = tuple(part for index in places for part in positions_of(axes[index]))
-    directions = [part.counts for part in positions]
-    straight = set(directions) <= {*DIRECTIONS} and all(a < b for a, b in pairwise(directions))
+    if max(directions, len(places)) < len(positions):
+        positions = tuple(part for part in positions if part.size != 1)
+    along = [part.counts for part in positions]
+    straight = set(along) <= {*DIRECTIONS} and all(a < b for a, b in pairwise(along))
     return Layout(batch, channels, places, positions, others) if positions and straight else None
 
 
@@ -149,8 +169,10 @@ def _transposed(node: gs.Node, y: gs.Tensor, axes: Axes) -> Axes:
 
 
 def _squeezed(node: gs.Node, y: gs.Tensor, axes: Axes) -> Axes:
-    gone = axes_of(node, len(axes))
-    return tuple(axis for index, axis in enumerate(axes) if index not in gone)
+    gone = axes_of(node, len(axes)) or [index for index, size in enumerate(node.inputs[0].shape) if size == 1]
+    left = [index for index in range(len(axes)) if index not in gone]
+    dropped = [(bisect(left, index), part) for index in sorted(gone) for part in axes[index]]
+    return with_single([axes[index] for index in left], dropped)
 
 
 def _unsqueezed(node: gs.Node, y: gs.Tensor, axes: Axes) -> Axes:

@@ -284,6 +284,7 @@ _STEPS = [
     ),
     _fault("auto layer: one earlier", layers.LayerSearch, "choose", _one_earlier),
     _fault("auto layer: positions always reach", layers.LayerSearch, "_positions_reach", lambda _: lambda *_: True),
+    _fault("auto layer: the maps of the classes", layers, "one_to_one", lambda _: lambda *_: {}),
     _fault("Grad-CAM of tokens: those in front not left out", heads, "_at_positions", _first_tokens),
     _fault("score: behind the Softmax", score, "find_score", _probability),
     *(

@@ -250,14 +250,14 @@ def _googlenet(relu: Rectifier, norm: Callable[[int], nn.Module]) -> Classifier:
 
 
 def squeezenet(relu: Rectifier) -> Classifier:
-    """Its head is a convolution, a ReLU and a mean: the scores are never negative."""
+    """Its head is a convolution, a ReLU and a mean: the scores are never negative, its maps are one for each class."""
     features = nn.Sequential(
         nn.Conv2d(3, 16, 3, 2), relu(), nn.MaxPool2d(3, 2, ceil_mode=True),
         fire(16, 6, 12, relu), fire(24, 6, 12, relu), nn.MaxPool2d(3, 2, ceil_mode=True),
         fire(24, 8, 16, relu), fire(32, 8, 16, relu),
     )  # fmt: skip
     head = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(32, CLASSES, 1), relu(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Classifier(features, head, head[2])
+    return Classifier(features, head, features[-1])
 
 
 def mobilenet(relu: Rectifier) -> Classifier:

@@ -71,6 +71,14 @@ def test_the_reason_is_told():
     assert "every path" in layer.reason and "after MaxPool" in layer.reason and "GlobalAveragePool" in layer.reason
 
 
+def test_no_layer_where_every_channel_is_a_class():
+    made = model([f"last = Conv<{CONV}>(x, w)", *HEAD[:2], "y = Identity(f)"], {"x": ("N", 3, 8, 8)}, ["y"], WEIGHTS)
+    with pytest.raises(graphgbp.RequestError, match=r"are the classes: .* candidates are last"):
+        graphgbp.convert(made)
+    found = run(graphgbp.convert(made, ["gradcam"], target_layer="last"), {"x": drawn(1, 3, 8, 8), "target": [2]})
+    np.testing.assert_allclose(found["gradcam"][:, 0], np.maximum(found["gradcam_features"][:, 2] / 64, 0), rtol=1e-5)
+
+
 def test_no_spatial_tensor():
     made = model(["y = MatMul(x, h)"], {"x": ("N", 4)}, ["y"], WEIGHTS)
     with pytest.raises(graphgbp.RequestError, match="no spatial tensor"):

@@ -5,7 +5,7 @@ import pytest
 
 from graphgbp import attention
 from graphgbp.analysis import Analysis
-from graphgbp.extents import ALL, NOTHING, Extent, reaching
+from graphgbp.extents import ALL, NOTHING, Extent, one_to_one, reaching
 from graphgbp.layouts import Layouts
 from graphgbp.nodes import label
 from graphgbp.prepare import prepare
@@ -86,6 +86,18 @@ def test_neighbours_are_merged_into_channels():
     assert (found["last"].channel_axis, found["last"].sizes) == (3, [2, 3])
 
 
+@pytest.mark.parametrize(
+    ("strides", "shape", "grid"), [("8,2", (8, 6), [1, 3]), ("2,6", (8, 6), [4, 1]), ("8,6", (8, 6), [1, 1])]
+)
+@pytest.mark.parametrize("flat", ["f = Reshape(c, flat)", "f = Squeeze(c, gone)"])
+def test_a_grid_of_one_row_or_column_keeps_both_directions(strides, shape, grid, flat):
+    weights = WEIGHTS | {"gone": np.array([2 if grid[0] == 1 else 3])}
+    nodes = [f"c = Conv<strides=[{strides}]>(x, w)", flat, "t = Transpose<perm=[0,2,1]>(f)", "y = ReduceSum(t, one)"]
+    found = Analysis(prepare(model(nodes, {"x": ("N", 3, *shape)}, ["y"], weights))).layouts
+    assert (found["f"].channel_axis, found["f"].sizes) == (1, grid)
+    assert (found["t"].channel_axis, found["t"].sizes, found["t"].folded) == (2, grid, True)
+
+
 def test_every_second_position():
     assert layouts(MAP, "last = Slice(m, zero, end, one, two)")["last"].sizes == [2, 3]
 
@@ -156,3 +168,37 @@ def test_a_convolution_behind_attention_makes_feature_maps():
     found = analysis(*NORMS["operator"], *ATTENTION, *maps)
     assert attention.convolves_after_attention(found.active)
     assert found.layer("auto").tensor.name == "last"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "place"),
+    [
+        (["z = Sigmoid(c)"], 1),
+        (["q = GlobalAveragePool(c)", "z = Flatten(q)"], 1),
+        (["z = ReduceMean<keepdims=0>(c, places)"], 1),
+        (["z = Resize(c, , scales)"], 1),
+        (["q = Transpose<perm=[0,2,3,1]>(c)", "z = Reshape(q, flat_last)"], 1),
+        (["z = Conv<group=8>(c, depthwise)"], 1),
+        (["z = ConvTranspose<group=8, strides=[2,2]>(c, depthwise)"], 1),
+        (["z = BatchNormalization(c, gain, gain, gain, gain)"], 1),
+        (["z = Slice(c, zero, two, two)"], 1),
+        (["q = Softmax<axis=1>(c)", "z = Identity(q)"], 1),
+        (["q = GlobalAveragePool(c)", "z = Mul(c, q)"], 1),
+        (["z = Conv(c, i)"], None),
+        (["z = LRN<size=3>(c)"], None),
+        (["q = Transpose<perm=[0,2,3,1]>(c)", "z = MatMul(q, d)"], None),
+        (["q = ReduceMean(c, one)", "z = Sub(c, q)"], None),
+        (["z = Slice(c, one, two, one)"], None),
+        (["q = Conv(c, i)", "s = Sigmoid(q)", "z = Mul(c, s)"], None),
+    ],
+)
+def test_which_channels_are_the_classes(nodes, place):
+    """Those behind which nothing mixes them, so that a class has no gradient but in its own."""
+    weights = WEIGHTS | {
+        "places": np.array([2, 3]), "scales": np.array([1, 1, 2, 2], np.float32), "flat_last": np.array([0, -1, 8]),
+        "depthwise": drawn(8, 1, 1, 1, seed=5), "i": drawn(8, 8, 1, 1, seed=6),
+    }  # fmt: skip
+    made = model(["c = Conv<strides=[2,2]>(x, w)", *nodes], {"x": ("N", 3, 8, 6)}, ["z"], weights)
+    found = Analysis(prepare(made))
+    assert found.score.class_axis is not None
+    assert one_to_one(found.active, found.score.tensor, found.score.class_axis).get("c") == place

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import graphgbp
+from graphgbp.model_file import read_manifest
 from tests.build import drawn, model
+from tests.maps import assert_maps_equal, explain
+from tests.networks import export
 from tests.rules.harness import run
 from tests.scores import per_pixel
 
@@ -148,3 +152,52 @@ def test_guided_maps_and_gradcam_of_a_segmentation():
     np.testing.assert_allclose(got.gradcam, cam.detach().numpy(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(got.guided_gradcam, (guided * cam).detach().numpy(), rtol=1e-4, atol=1e-6)
     assert got.gradcam.max() > 0
+
+
+class Segmenter(nn.Module):
+    """Features, a score for each class by a convolution of 1x1, and what brings them to the image's size."""
+
+    def __init__(self, classes, tail):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Sequential(nn.Dropout(), nn.Conv2d(8, classes, 1))
+        self.tail = tail
+        self.up = nn.ConvTranspose2d(classes, classes, 4, 2, 1, groups=classes)
+
+    def forward(self, x):
+        return self.tail(self.head(self.body(x)), self.up)
+
+
+def larger(z, up):
+    return torch.nn.functional.interpolate(z, scale_factor=2.0, mode="bilinear")
+
+
+TAILS = {
+    "as in FCN and DeepLab": (4, larger),
+    "channels last": (4, lambda z, up: larger(z, up).permute(0, 2, 3, 1)),
+    "transposed convolution of each class": (4, lambda z, up: up(z)),
+    "one score for two classes": (1, larger),
+    "pooled, as in SqueezeNet": (4, lambda z, up: z.relu().mean((2, 3))),
+}
+
+
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_auto_goes_behind_the_scores_themselves(tail, exporter):
+    """Against torch's hooks at the features; at the scores Grad-CAM is theirs and no more."""
+    torch.manual_seed(2)
+    classes, finish = TAILS[tail]
+    net, x, target = Segmenter(classes, finish).eval(), torch.from_numpy(IMAGES), 1
+    softened = nn.Sequential(net, nn.Softmax(-1)).eval() if tail == "channels last" else net
+    seen = []
+    net.body.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    z = net(x)
+    scores = z[..., target] if tail == "channels last" else z[:, target % classes]
+    (gradient,) = torch.autograd.grad(scores.sum(), seen[0])
+    cam = (gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1, keepdim=True)
+    expected = torch.nn.functional.interpolate(cam.relu(), (8, 8), mode="bilinear").detach()
+    proto = export(softened, x, exporter, dynamic=("batch",))
+    got = explain(proto, IMAGES, np.array([target]), ["gradcam"])
+    assert_maps_equal(got, {"gradcam": expected.numpy()}, tail)
+    (layer,) = read_manifest(graphgbp.convert(proto, ["gradcam"])).target_layers
+    assert layer["op"] == "Relu" and "behind it the channels are the classes" in layer["reason"]

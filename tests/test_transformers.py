@@ -43,6 +43,8 @@ NETWORKS: dict[str, Any] = {
     "deit": (lambda: ViT(Attention, 2, 2), lambda net: net.blocks[-1].norm1, 2, (4, 3)),
     "vit, registers, pooled": (lambda: ViT(Attention, 4, 0), lambda net: net.blocks[-1].norm1, 4, (4, 3)),
     "vit, patches alone": (lambda: ViT(Attention, 0, 0), lambda net: net.blocks[-1].norm1, 0, (4, 3)),
+    "vit, one row": (lambda: ViT(Attention, patches=5), lambda net: net.blocks[-1].norm1, 1, (1, 5)),
+    "vit, one column": (lambda: ViT(Attention, 0, 0, patches=4), lambda net: net.blocks[-1].norm1, 0, (4, 1)),
     "swin": (Swin, lambda net: net.stages[-1][-1].norm1, 0, (4, 4)),
     "swin, merged by a reshape": (
         lambda: Swin(FlatBlock, MergeByReshape), lambda net: net.stages[-1][-1].norm1, 0, (4, 4),
@@ -62,8 +64,9 @@ def exported(name: str, exporter: str, opset: int) -> onnx.ModelProto:
 
 @cache
 def images(name: str) -> torch.Tensor:
-    size = (32, 32) if "swin" in name else SIZE
-    return torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
+    size = {"swin": (32, 32), "vit, one row": (8, 40), "vit, one column": (32, 8)}
+    size["swin, merged by a reshape"] = size["swin"]
+    return torch.randn(3, 3, *size.get(name, SIZE), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def images(name: str) -> torch.Tensor:
     [
         *((name, "torchscript", 18) for name in NETWORKS),
         *((name, "torchscript", 16) for name in ("vit", "vit, separate queries", "swin, merged by a reshape")),
-        *((name, "dynamo", 18) for name in ("deit", "vit, torch's attention", "swin")),
+        *((name, "dynamo", 18) for name in ("deit", "vit, torch's attention", "vit, one row", "swin")),
     ],
 )
 def test_auto_is_the_last_norm_before_attention(name, exporter, opset):

@@ -65,13 +65,18 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, attention: Callable[[int], nn.Module], others: int = 1, scored: int = 1, positions: bool = True
+        self,
+        attention: Callable[[int], nn.Module],
+        others: int = 1,
+        scored: int = 1,
+        positions: bool = True,
+        patches: int = 12,
     ) -> None:
         super().__init__()
         width = 24
         self.embed = nn.Conv2d(3, width, 8, 8)
         self.others = nn.Parameter(torch.zeros(1, others, width)) if others else None
-        self.position = nn.Parameter(torch.zeros(1, others + 12, width)) if positions else None
+        self.position = nn.Parameter(torch.zeros(1, others + patches, width)) if positions else None
         self.blocks = nn.Sequential(*(Block(width, attention(width)) for _ in range(2)))
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleList(nn.Linear(width, CLASSES) for _ in range(max(scored, 1)))
@@ -183,10 +188,12 @@ def drawn(network: nn.Module, seed: int = 0) -> nn.Module:
     """The network in eval mode, its matrices drawn and its norms away from one and zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in network.parameters():
-            flat = parameter.ndim < 2
+        for name, parameter in network.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter + 0.2 * noise if flat else noise * (2 / parameter[0].numel()) ** 0.5)
+            if parameter.ndim < 2:
+                parameter.copy_(name.endswith("weight") + 0.2 * noise)
+            else:
+                parameter.copy_(noise * (2 / parameter[0].numel()) ** 0.5)
     return network.eval()
 
 
