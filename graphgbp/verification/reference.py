@@ -145,6 +145,17 @@ class GridSample(OpRun):
         return (np.moveaxis(np.asarray(y), -1, 1),)
 
 
+class LRN(OpRun):
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, alpha: float, beta: float, bias: float, size: int) -> tuple[np.ndarray]:
+        """The window over channels begins (size - 1) // 2 before each."""
+        before = (size - 1) // 2
+        squares = np.pad(np.square(x), [(0, 0), (before, size - 1 - before)] + [(0, 0)] * (x.ndim - 2))
+        total = sum(squares[:, first : first + x.shape[1]] for first in range(size))
+        return (x / (bias + alpha / size * total) ** beta,)
+
+
 class GlobalMaxPool(OpRun):
     op_domain = ""
 
@@ -194,4 +205,4 @@ def _places(x: np.ndarray, indices: np.ndarray, axis: int | None) -> tuple[np.nd
 
 
 _REDUCTIONS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
-OPERATORS = [Conv, ConvTranspose, Erf, MaxPool, GlobalMaxPool, GridSample, Pad, GatherElements, ScatterElements]
+OPERATORS = [Conv, ConvTranspose, Erf, MaxPool, GlobalMaxPool, GridSample, LRN, Pad, GatherElements, ScatterElements]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from graphgbp.source import ModelLike, raised, read, weights_folder
 from graphgbp.verification.targets import default_targets, weights
 
 _EVERYTHING = 2**62
+_REPLACEABLE = 4  # the IR version from which an initializer need not be an input, and one that is can be replaced
+_LIMIT = 2**31  # of what protobuf can carry
 _SAME = 1e-4  # of the largest value: functions may be computed in another order
 _RAISED = f"{contract.SCOPE}/raised/"  # mended nodes of a raised source: part of the forward graph
 
@@ -52,6 +55,7 @@ class Subject:
             where = f"'{self.path}'" if self.path else "the model"
             raise ModelFileError(f"{where} is not converted: it holds no manifest; run graphgbp convert on it first")
         self.manifest: Manifest = manifest
+        _refuse_large(self.model)
         self.original = self._given(source) if source is not None else self._found()
         if self.original is None:
             self.forward = _without_appended(self.model)
@@ -154,7 +158,7 @@ class Subject:
     @cached_property
     def run_of_forward(self) -> tuple[Feeds, list[Any] | None, list[str]]:
         """Random input of the original model, its outputs by ONNX Runtime, and what was tried in vain."""
-        model = self.whole_forward
+        model = part_for(self.whole_forward, [output.name for output in self.forward.graph.output])
         values = {tensor.name: tensor for tensor in model.graph.initializer}
         weights = {x.name: numpy_helper.to_array(values[x.name]) for x in model.graph.input if x.name in values}
         return run_on_random_input(model, weights)
@@ -236,6 +240,15 @@ class Subject:
                 yield role.partition("/")[2], name
 
 
+def _refuse_large(model: onnx.ModelProto) -> None:
+    external = [x for x in model.graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL]
+    size = model.ByteSize() + sum(
+        prod(x.dims) * onnx.helper.tensor_dtype_to_np_dtype(x.data_type).itemsize for x in external
+    )
+    if size >= _LIMIT:
+        raise ModelFileError(f"the model has {size / 1e9:.1f} GB, and verification runs models of up to 2 GB")
+
+
 def expanded(view: View, model: onnx.ModelProto) -> onnx.ModelProto:
     """A model of the nodes of a reading view: no functions, no known branches."""
     flat = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
@@ -264,11 +277,13 @@ def part_for(model: onnx.ModelProto, names: Sequence[str], cut: Sequence[str] = 
         if not needed.isdisjoint(node.output):
             nodes.append(_without_outputs(node, cut))
             needed.update(_read_by(node) - set(cut))
-    part = onnx.ModelProto(ir_version=model.ir_version, functions=model.functions, opset_import=model.opset_import)
+    fixed = {tensor.name for tensor in graph.initializer} if model.ir_version < _REPLACEABLE else set()
+    part = onnx.ModelProto(functions=model.functions, opset_import=model.opset_import)
+    part.ir_version = max(model.ir_version, _REPLACEABLE)
     part.graph.name = graph.name or "part"
     part.graph.node.extend(reversed(nodes))
     part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
-    part.graph.input.extend(value for value in graph.input if value.name in needed)
+    part.graph.input.extend(value for value in graph.input if value.name in needed - fixed)
     part.graph.input.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in cut)
     known = {value.name: value for value in graph.output}
     part.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in dict.fromkeys(names))

@@ -91,6 +91,11 @@ def test_the_global_maximum():
     equal("GlobalMaxPool", [-np.abs(drawn(2, 3, 4, 5)) - 1])
 
 
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_response_normalization(size):
+    equal("LRN", [drawn(2, 7, 3, 3)], size=size, alpha=0.7, beta=0.6, bias=1.5)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_gathering_fewer(axis):
     equal("GatherElements", [drawn(4, 3), np.array([[0, 2, -1], [1, 0, 1]])], axis=axis)

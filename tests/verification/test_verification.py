@@ -36,6 +36,15 @@ def segmentation() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 3, 9, 9]}, ["y"], weights)
 
 
+def weights_as_inputs(source: onnx.ModelProto) -> onnx.ModelProto:
+    """As IR 3 wants it: every initializer is listed among the inputs."""
+    source.graph.input.extend(
+        onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
+        for weight in source.graph.initializer
+    )
+    return source
+
+
 def two_inputs() -> onnx.ModelProto:
     nodes = [
         "a = Conv<pads=[1,1,1,1]>(left, w1)",
@@ -82,7 +91,8 @@ GOOD = {
     "opset 16": (network(16), {"methods": ALL}),
     "opset 26": (network(26), {"methods": ALL}),
     "raised": (small_cnn(opset=12), {"methods": ALL}),
-    "IR 3": (small_cnn(ir_version=3), {"methods": ALL}),
+    "IR 3": (weights_as_inputs(small_cnn(ir_version=3)), {"methods": ALL}),
+    "weights as inputs": (weights_as_inputs(network()), {"methods": ALL}),
     "optional": (network(), {"methods": ALL, "target": "optional"}),
     "weights": (network(), {"methods": ALL, "target": "weights"}),
     "cotangent": (network(), {"methods": ALL, "target": "cotangent"}),
@@ -222,6 +232,15 @@ def test_mistakes_are_refused(tmp_path):
         graphgbp.verify(converted(), converted())
     with pytest.raises(graphgbp.ModelFileError, match="no file"):
         graphgbp.verify(converted(), tmp_path / "none.onnx")
+
+
+def test_a_model_too_large_is_refused():
+    made = converted()
+    weight = onnx.TensorProto(name="large", dims=[2**29], data_type=onnx.TensorProto.FLOAT)
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    made.graph.initializer.append(weight)
+    with pytest.raises(graphgbp.ModelFileError, match=r"2\.1 GB"):
+        graphgbp.verify(made)
 
 
 def test_another_source_fails():
