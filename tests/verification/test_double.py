@@ -91,7 +91,7 @@ def test_the_global_maximum():
     equal("GlobalMaxPool", [-np.abs(drawn(2, 3, 4, 5)) - 1])
 
 
-@pytest.mark.parametrize("size", [3, 4, 5])
+@pytest.mark.parametrize("size", [1, 3, 5])
 def test_response_normalization(size):
     equal("LRN", [drawn(2, 7, 3, 3)], size=size, alpha=0.7, beta=0.6, bias=1.5)
 
