@@ -5,18 +5,22 @@
     Max(x, 0)                          and with it min(max(x, 0), c)
     Where(x > 0, x, 0), x * (x > 0)    and their mirror images
     LeakyRelu(alpha = 0), ThresholdedRelu(alpha = 0), PRelu(slope = 0)
+    (x + |x|) / 2, x - min(x, 0), -min(-x, 0), x * (sign(x) + 1) / 2, ... by their values (graphgbp.curves)
 
-A Clip(x + c/2, 0, c) that is scaled is the gate of a HardSigmoid or HardSwish and no rectifier. Nor is a Max(x, 0) or
+A Clip(a x + b, 0, c) with a and b the same for all channels is the gate of a HardSigmoid or HardSwish and no rectifier
+where its range is scaled to end at 1, or b = c/2 and it is scaled at all. Nor is a Max(x, 0) or
 Clip(x, 0) that only a square root reads: it keeps rounding from making a variance negative. Nor is one inside a smooth
 or leaky activation that is written out (graphgbp.smooth).
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
 
+from graphgbp.curves import Curve, curves, is_joined
 from graphgbp.nodes import label
 from graphgbp.patterns import choice, clamp, is_standard, is_zero, number, readers, same, test_of
 from graphgbp.smooth import Activation, find_smooth, hard_gate
@@ -43,12 +47,11 @@ def find_activations(nodes: Iterable[gs.Node]) -> Activations:
     nodes = list(nodes)
     found = Activations([], find_smooth(nodes), [])
     complete = {id(activation.node) for activation in found.smooth}
-    whole = {id(part): activation for activation in found.smooth for part in activation.parts}
-    for node in nodes:
-        verdict = None if id(node) in complete else _judge(node)
-        if verdict is None:
-            continue
-        masked, activation = verdict
+    verdicts = [verdict for node in nodes if id(node) not in complete and (verdict := _judge(node))]
+    rectifiers = [activation for masked, activation in verdicts if masked]
+    whole = {id(part): activation for activation in [*rectifiers, *found.smooth] for part in activation.parts}
+    for masked, activation in verdicts:
+        node = activation.node
         if id(node) in whole:
             outer = whole[id(node)]
             masked, activation = False, replace(activation, reason=f"part of {outer.clothing} at '{label(outer.node)}'")
@@ -88,8 +91,10 @@ def _clip(node: gs.Node) -> _Verdict:
 
 def _max(node: gs.Node) -> _Verdict | None:
     found = clamp(node)
+    if found is None and any(is_zero(term) for term in node.inputs) and is_joined(node):
+        return _no(node, "Max(x, y, ..., 0)", "the largest of several tensors: no function of one x")
     if found is None or found.low is None:
-        return None
+        return _written_out(node)
     if (obstacle := _no_rectifier(node, found.low, found.high)) is not None:
         return _no(node, f"Max(x, {found.low:g})", obstacle)
     index = next(index for index in (0, 1) if not is_zero(node.inputs[index]))
@@ -149,7 +154,7 @@ def _times_sign(node: gs.Node) -> _Verdict | None:
             sign = ">" if test.above else "<"
             return _no(node, f"x * (x {sign} {test.bound:g})", f"it keeps x where x {sign} {test.bound:g}")
         return _yes(node, "x * (x > 0)", "x where it is positive, else 0", index, vanishes=False)
-    return None
+    return _written_out(node)
 
 
 def _at_alpha_zero(node: gs.Node) -> _Verdict | None:
@@ -158,6 +163,28 @@ def _at_alpha_zero(node: gs.Node) -> _Verdict | None:
 
 def _prelu(node: gs.Node) -> _Verdict | None:
     return _yes(node, "PRelu(slope=0)", "its slope is 0") if is_zero(node.inputs[1]) else None
+
+
+def _written_out(node: gs.Node) -> _Verdict | None:
+    """A ReLU by its values, of the nearest x; no ReLU that is one already and then scaled or negated."""
+    joined = is_joined(node)
+    for curve in islice(curves(node), 1 if joined else None):
+        slope = curve.slope_of_relu()
+        if slope is None or not curve.inner or not (joined or _has_no_rectifier(curve)):
+            continue
+        if abs(slope - 1) > 1e-4:
+            return _Verdict(
+                False, Activation(node, curve.x, f"{slope:g} max(x, 0)", "a ReLU by its values, but scaled")
+            )
+        reason = f"a ReLU by its values, written with {len(curve.inner) + 1} nodes"
+        return _Verdict(
+            True, Activation(node, curve.x, "max(x, 0), written out", reason, curve.inner, route=curve.route())
+        )
+    return None
+
+
+def _has_no_rectifier(curve: Curve) -> bool:
+    return not any((verdict := _judge(inner)) and verdict.masked for inner in curve.inner)
 
 
 _FINDERS: dict[str, Finder] = {
@@ -169,4 +196,5 @@ _FINDERS: dict[str, Finder] = {
     "ThresholdedRelu": _at_alpha_zero,
     "PRelu": _prelu,
     "Mul": _times_sign,
+    **dict.fromkeys(("Add", "Sub", "Div", "Neg"), _written_out),
 }

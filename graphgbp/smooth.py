@@ -1,13 +1,19 @@
 """Smooth and leaky activations, whole or as exporters write them out.
 
-    LeakyRelu, PRelu    Where(x > 0, x, a x), Max(x, a x), max(x, 0) + a min(x, 0)
+    LeakyRelu, PRelu    Where(x > 0, x, a x), Max(x, a x), max(x, 0) + a min(x, 0), a x + b max(x, 0)
     ThresholdedRelu     Where(x > c, x, 0)
-    Elu, Selu, Celu     Where(x > 0, x, f(x)), max(x, 0) + f(min(x, 0))
+    Elu, Selu, Celu     Where(x > 0, x, f(x)), max(x, 0) + f(min(x, 0)), max(x, 0) + min(f(x), 0)
     Softplus            Where(x > 20, x, Softplus(x)), max(x, 0) + log(1 + exp(-|x|))
+    Shrink              max(x - c, 0) - max(-x - c, 0), Where(x > c, x - c, 0) + Where(x < -c, x + c, 0)
+    Squareplus          x + sqrt(x^2 + b)
     Gelu, Swish, HardSwish, Mish     x times a gate that rises with x
 
-No guided rule was published for them: guided backpropagation passes their true gradient unless asked to mask them.
-Sigmoid, HardSigmoid, Tanh and Softsign are gates and squashing functions, not of this kind.
+A sum of two functions of x is one of these where either has a max(x, 0) or min(x, 0) inside, or where by its values it
+bends from one slope into a larger one or is 0 around 0 alone; a multiple of max(x, 0) is not (graphgbp.rectifiers). No
+guided rule was published for them: guided backpropagation passes their true gradient unless asked to mask them.
+
+Sigmoid, HardSigmoid, Tanh and Softsign are gates and squashing functions: they always have their true gradient and are
+not counted. Of a HardSigmoid that is written out the Clip is a look-alike.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +23,9 @@ from typing import NamedTuple
 import onnx_graphsurgeon as gs
 
 from graphgbp import patterns
+from graphgbp.curves import curves, is_joined
 from graphgbp.nodes import label
-from graphgbp.patterns import Clamp, is_standard, is_zero, number, producer, readers, same, source, unscaled
+from graphgbp.patterns import is_standard, is_zero, number, producer, readers, same, source, unscaled
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class Activation:
     """A node that completes an activation of x, or that only looks like one.
 
     `clothing` says how it is written and `reason` why it counts as what it does; `parts` are nodes inside it that
-    would be activations if they stood alone; `vanishes` says that its derivative is 0 wherever x <= 0, at ties too.
+    would be activations if they stood alone; `vanishes` says that its derivative is 0 wherever x <= 0, at ties too;
+    `route` leads back to x through a ReLU of several nodes, as (node, index of its input).
     """
 
     node: gs.Node
@@ -35,6 +43,7 @@ class Activation:
     reason: str
     parts: tuple[gs.Node, ...] = ()
     vanishes: bool = False
+    route: tuple[tuple[gs.Node, int], ...] = ()
 
     def describe(self) -> dict[str, str]:
         name = self.node.outputs[0].name
@@ -100,22 +109,35 @@ def _choice(node: gs.Node) -> Activation | None:
 
 
 def _sum(node: gs.Node) -> Activation | None:
-    """max(x, 0) plus something of min(x, 0)."""
+    """f(x) + g(x), where that is leaky or smooth and no ReLU."""
     if (found := _choice(node) if node.op == "Add" else None) is not None:
         return found
-    for positive, other in (node.inputs, node.inputs[::-1])[: 2 if node.op == "Add" else 1]:
-        part = _part(producer(positive))
-        if part is None or part.low != 0 or not _read_once(part):
-            continue
-        parts = tuple(term for term in (producer(positive),) if term)
-        if (rest := _negative_part(other)) is not None and same(rest.x, part.x):
-            clothing, reason = "max(x, 0) + f(min(x, 0))", "leaky or smooth: another function of x where it is negative"
-            return Activation(node, part.x, clothing, reason, (*parts, *rest.parts))
-        log = producer(other)
-        if node.op == "Add" and log is not None and log.op == "Log" and patterns.depends_only_on(other, part.x):
-            clothing, reason = "max(x, 0) + log(1 + exp(-|x|))", "Softplus, written so that it does not overflow"
-            return Activation(node, part.x, clothing, reason, parts)
-    return None
+    curve = next(curves(node), None) if is_joined(node) else None
+    if curve is None or curve.slope_of_relu() is not None:
+        return None
+    if curve.is_softplus():
+        clothing, reason = "max(x, 0) + log(1 + exp(-|x|))", "Softplus, written so that it does not overflow"
+    elif curve.bounds:
+        clothing, reason = _written(node), "leaky or smooth: max(x, 0) is only a part of it"
+    elif curve.bends():
+        clothing, reason = _written(node), "leaky or smooth: it bends from one slope into a larger one"
+    elif curve.shrinks():
+        clothing, reason = _written(node), "leaky or smooth: it is 0 around x = 0 alone"
+    else:
+        return None
+    return Activation(node, curve.x, clothing, reason, curve.inner)
+
+
+def _written(node: gs.Node) -> str:
+    return f"f(x) {'+' if node.op == 'Add' else '-'} g(x)"
+
+
+def _negated(node: gs.Node) -> Activation | None:
+    """-min(-x, -a x)"""
+    curve = next((curve for curve in curves(node) if curve.slope_of_relu() is None and curve.bends()), None)
+    if curve is None or not any(inner.op == "Min" for inner in curve.inner):
+        return None
+    return Activation(node, curve.x, "-min(-x, -a x)", "leaky: a slope on either side of 0", curve.inner)
 
 
 class _Inside(NamedTuple):
@@ -123,38 +145,6 @@ class _Inside(NamedTuple):
 
     x: gs.Tensor
     parts: tuple[gs.Node, ...]
-
-
-def _part(node: gs.Node | None) -> Clamp | None:
-    """max(x, 0) or min(x, 0), in any clothing of one node."""
-    if node is None:
-        return None
-    if node.op == "Relu":
-        return Clamp(node.inputs[0], 0.0, None, node.outputs[0])
-    found = patterns.clamp(node)
-    return found if found is not None and {found.low, found.high} == {0.0, None} else None
-
-
-def _read_once(part: Clamp) -> bool:
-    return sum(1 for _ in readers(part.result)) == 1
-
-
-def _negative_part(tensor: gs.Tensor, limit: int = 6) -> _Inside | None:
-    """x where the tensor is made of min(x, 0), or of max(-x, 0), and constants."""
-    for _ in range(limit):
-        node = producer(tensor)
-        part = _part(node)
-        if part is not None and _read_once(part):
-            assert node is not None
-            negated = producer(part.x)
-            if part.high == 0:
-                return _Inside(source(part.x), (node,))
-            return _Inside(source(negated.inputs[0]), (node,)) if negated is not None and negated.op == "Neg" else None
-        terms = [] if node is None else [term for term in node.inputs if not isinstance(source(term), gs.Constant)]
-        if node is None or node.op not in ("Mul", "Div", "Add", "Sub", "Neg", "Exp") or len(terms) != 1:
-            return None
-        (tensor,) = terms
-    return None
 
 
 # -- x times a gate -----------------------------------------------------------------------------------------------
@@ -206,22 +196,45 @@ def _gate(tensor: gs.Tensor) -> _Gate | None:
 
 
 def hard_gate(node: gs.Node) -> gs.Tensor | None:
-    """x where the node bounds the gate of a HardSigmoid, min(max(x + c / 2, 0), c), scaled before or after."""
+    """x where the node bounds the gate of a HardSigmoid, min(max(a x + b, 0), c).
+
+    That is told by its range, scaled to end at 1 before or after, and by numbers a and b that are the same for all
+    channels; or by b = c / 2, however it is scaled. Vectors a and b are those of a normalization before a ReLU6.
+    """
     found = patterns.clamp(node)
     if found is None or found.low != 0 or found.high is None or found.high <= 0:
         return None
     shift = producer(found.x)
-    if (
-        shift is None
-        or shift.op != "Add"
-        or not any(patterns.near(number(term), found.high / 2) for term in shift.inputs)
-    ):
+    if shift is None or shift.op not in ("Add", "Sub"):
         return None
-    x = next((term for term in shift.inputs if number(term) is None), None)
-    if x is None:
+    x, beta = shift.inputs if number(shift.inputs[1]) is not None else shift.inputs[::-1]
+    b = number(beta)
+    if b is None or number(x) is not None or (shift.op == "Sub" and x is shift.inputs[1]):
         return None
-    scaled_after = any(reader.op in ("Mul", "Div") for reader in readers(found.result))
-    return unscaled(x) if scaled_after or unscaled(x).name != source(x).name else None
+    after, before = list(readers(found.result)), unscaled(x).name != source(x).name
+    if shift.op == "Add" and patterns.near(b, found.high / 2):
+        return unscaled(x) if before or any(reader.op in ("Mul", "Div") for reader in after) else None
+    to_one = found.high == 1 and before and _is_scaled_by_scalar(x)
+    return unscaled(x) if _is_scalar(beta) and (to_one or _to_one(after, found.high)) else None
+
+
+def _is_scalar(tensor: gs.Tensor) -> bool:
+    tensor = source(tensor)
+    return isinstance(tensor, gs.Constant) and tensor.values.size == 1 and tensor.values.ndim < 2
+
+
+def _is_scaled_by_scalar(tensor: gs.Tensor) -> bool:
+    node = producer(tensor)
+    return node is not None and any(map(_is_scalar, node.inputs))
+
+
+def _to_one(after: list[gs.Node], high: float) -> bool:
+    """Whether all that read a range from 0 to `high` scale it to end at 1."""
+    return bool(after) and all(
+        (node.op == "Div" and patterns.near(number(node.inputs[1]), high))
+        or (node.op == "Mul" and any(patterns.near(number(term), 1 / high) for term in node.inputs))
+        for node in after
+    )
 
 
 def _cubic(tensor: gs.Tensor) -> gs.Tensor | None:
@@ -275,7 +288,7 @@ def _softplus(tensor: gs.Tensor) -> _Inside | None:
 
 
 _FINDERS: dict[str, Finder] = {
-    **dict.fromkeys(("Elu", "Selu", "Celu", "Gelu", "Swish", "Mish", "HardSwish", "Softplus"), _operator),
+    **dict.fromkeys(("Elu", "Selu", "Celu", "Gelu", "Swish", "Mish", "HardSwish", "Softplus", "Shrink"), _operator),
     "LeakyRelu": _leaky,
     "ThresholdedRelu": _leaky,
     "PRelu": _prelu,
@@ -283,5 +296,6 @@ _FINDERS: dict[str, Finder] = {
     "Where": _choice,
     "Add": _sum,
     "Sub": _sum,
+    "Neg": _negated,
     "Mul": _gated,
 }

@@ -14,6 +14,7 @@ from tests.rules.harness import run
 ZERO = {"zero": np.float32(0), "six": np.float32(6), "three": np.float32(3), "half": np.float32(0.5)}
 ZERO |= {"one": np.float32(1), "zeros": np.zeros((1, 3, 1), np.float32), "sixth": np.float32(1 / 6)}
 ZERO |= {"root": np.float32(2**0.5)}
+ZERO |= {"gain": drawn(3, 1, seed=3), "bias": drawn(3, 1, seed=4), "twos": np.full((3, 1), 2, np.float32)}
 
 
 def found(nodes, kind="rectifiers", opset=18):
@@ -65,6 +66,12 @@ def test_relu_in_any_clothing(nodes, expected):
         ["s = Add(x, three)", "h = Clip(s, zero, six)", "y = Div(h, six)"],
         ["s = Add(three, x)", "h = Clip(s, zero, six)", "g = Mul(x, h)", "y = Div(g, six)"],
         ["m = Mul(x, sixth)", "s = Add(m, half)", "y = Clip(s, zero, one)"],
+        ["m = Mul(x, half)", "s = Add(m, sixth)", "y = Clip(s, zero, one)"],
+        ["m = Div(x, six)", "s = Sub(m, sixth)", "h = Max(s, zero)", "y = Min(h, one)"],
+        ["s = Add(x, one)", "h = Clip(s, zero, three)", "y = Div(h, three)"],
+        ["y = Shrink<lambd=0.5>(x)"],
+        ["b = Abs(x)", "y = Add(x, b)"],
+        ["m = Relu(x)", "l = Mul(x, gain)", "y = Add(m, l)"],
         ["y = HardSwish(x)"],
         ["y = HardSigmoid(x)"],
         ["c = Less(x, zero)", "f = Cast<to=1>(c)", "y = Mul(x, f)"],
@@ -89,9 +96,11 @@ def test_look_alikes_are_none(nodes):
         (["s = Add(x, three)", "h = Clip(s, zero, six)", "y = Div(h, six)"], "the gate of a HardSigmoid or HardSwish"),
         (["s = Add(x, three)", "m = Max(s, zero)", "h = Min(m, six)", "y = Div(h, six)"], "the gate of a HardSigmoid"),
         (["v = Max(x, zero)", "e = Add(v, half)", "y = Sqrt(e)"], "only a square root reads it"),
+        (["r = Neg(x)", "y = Max(x, zero, r)"], "the largest of several tensors"),
+        (["b = Abs(x)", "y = Add(x, b)"], "a ReLU by its values, but scaled"),
         (
             ["p = Relu(x)", "n = Neg(x)", "r = Relu(n)", "s = Mul(r, half)", "y = Sub(p, s)"],
-            "part of max(x, 0) + f(min(x, 0)) at 'y'",
+            "part of f(x) - g(x) at 'y'",
         ),
         (
             ["p = Max(x, zero)", "b = Abs(x)", "n = Neg(b)", "e = Exp(n)", "l = Add(e, one)", "g = Log(l)",
@@ -125,7 +134,8 @@ def test_zero_and_x_by_another_way(nodes):
 
 
 def test_a_relu_that_is_read_elsewhere_too_is_one():
-    nodes = ["p = Relu(x)", "n = Neg(x)", "r = Relu(n)", "s = Mul(r, half)", "d = Sub(p, s)", "y = Add(d, p)"]
+    nodes = ["p = Relu(x)", "n = Neg(x)", "r = Relu(n)", "s = Mul(r, half)", "d = Sub(p, s)", "m = ReduceMax(p)"]
+    nodes.append("y = Add(d, m)")
     assert [name for _, name in found(nodes)] == ["x", "n"]
 
 
@@ -147,6 +157,20 @@ def test_every_activation_has_its_reason():
     assert [each["reason"] for each in told.passed_through] == ["HardSwish, written as x times its gate"]
     manifest = json.loads(graphgbp.convert(made, ["guided_backprop"]).metadata_props[-1].value)
     assert manifest["rectifiers"] == told.rectifiers and manifest["passed_through"] == told.passed_through
+
+
+@pytest.mark.parametrize(("gain", "bias"), [("gain", "bias"), ("twos", "bias"), ("gain", "twos"), ("twos", "twos")])
+@pytest.mark.parametrize("high", ["one", "six"])
+def test_a_normalization_before_a_bounded_relu_makes_it_no_gate(gain, bias, high):
+    nodes = [f"m = Mul(x, {gain})", f"s = Add(m, {bias})", f"y = Clip(s, zero, {high})"]
+    assert found(nodes) == [("Clip", "s")]
+
+
+@pytest.mark.parametrize("nodes", [["n = Add(x, pos)", "r = Relu(n)", "c = MatMul(r, w)", "y = Add(n, c)"]])
+def test_a_relu_in_a_residual_branch_is_one(nodes):
+    weights = {"pos": drawn(3, 4), "w": drawn(4, 4, seed=1)}
+    view = prepare(model(nodes, {"x": ("N", 3, 4)}, ["y"], weights))
+    assert [each.x.name for each in find_activations(view.graph.nodes).rectifiers] == ["n"]
 
 
 def test_a_shifted_relu6_that_nothing_scales_is_a_rectifier():
@@ -173,6 +197,8 @@ def test_a_maximum_that_not_only_a_root_reads_is_a_rectifier(readers):
         (["y = PRelu(x, half)"], [("PRelu", "x")]),
         (["y = ThresholdedRelu(x)"], [("ThresholdedRelu", "x")]),
         (["y = Mish(x)"], [("Mish", "x")]),
+        (["y = Shrink<lambd=0.5>(x)"], [("Shrink", "x")]),
+        (["m = Relu(x)", "l = Mul(x, gain)", "y = Add(m, l)"], [("Add", "x")]),
         (["d = Div(x, root)", "e = Erf(d)", "a = Add(e, one)", "m = Mul(x, a)", "y = Mul(m, half)"], [("Mul", "x")]),
         (["h = Mul(x, half)", "d = Div(x, root)", "e = Erf(d)", "a = Add(e, one)", "y = Mul(h, a)"], [("Mul", "h")]),
         (["p = Softplus(x)", "t = Tanh(p)", "y = Mul(p, t)"], [("Softplus", "x")]),
@@ -181,6 +207,10 @@ def test_a_maximum_that_not_only_a_root_reads_is_a_rectifier(readers):
         (["y = LeakyRelu<alpha=0.0>(x)"], []),
         (["g = Sigmoid(x)", "u = Relu(x)", "y = Mul(u, g)"], []),
         (["y = Sigmoid(x)"], []),
+        (["y = HardSigmoid(x)"], []),
+        (["s = Sigmoid(x)", "y = Add(x, s)"], []),
+        (["b = Abs(x)", "y = Add(x, b)"], []),
+        (["s = Add(x, half)", "y = Add(s, x)"], []),
     ],
 )
 def test_smooth_activations(nodes, expected):
