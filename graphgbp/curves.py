@@ -3,7 +3,7 @@
 There is no end of ways to write one function, so it is not the nodes that are compared but what they give at points.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,16 +63,21 @@ class _Unknown(Exception):
 
 
 class Curve(NamedTuple):
-    """A node that gives a function of x alone, elementwise, and the nodes between them that nothing else reads."""
+    """A node that gives a function of x alone, elementwise, and the nodes between them."""
 
     node: gs.Node
     x: gs.Tensor
     inner: tuple[gs.Node, ...]
 
     @property
-    def bounds(self) -> bool:
-        """Whether a part of it is max(x, 0) or min(x, 0), of any x."""
-        return any(node.op == "Relu" or _at_zero(node) for node in self.inner)
+    def bounds(self) -> list[gs.Node]:
+        """Its parts that are max(x, 0) or min(x, 0), of any x."""
+        return [node for node in self.inner if node.op == "Relu" or _at_zero(node)]
+
+    def encloses(self, nodes: Iterable[gs.Node]) -> bool:
+        """Whether nothing else reads what the nodes give."""
+        inside = {id(self.node), *map(id, self.inner)}
+        return all(id(reader) in inside for node in nodes for reader in readers(node.outputs[0]))
 
     def slope_of_relu(self) -> float | None:
         """a > 0 where the curve is a max(x, 0)."""
@@ -137,7 +142,7 @@ def curves(node: gs.Node) -> Iterator[Curve]:
                 continue
             seen.add(tensor.name)
             inner = _between(node, tensor)
-            if inner is not None and _is_closed(node, inner):
+            if inner is not None:
                 yield Curve(node, tensor, tuple(inner))
             maker = producer(tensor)
             if maker is not None and maker.op in _ELEMENTWISE:
@@ -162,11 +167,6 @@ def _between(node: gs.Node, x: gs.Tensor) -> list[gs.Node] | None:
             found[tensor.name] = maker
             waiting.append(maker)
     return list(found.values())
-
-
-def _is_closed(node: gs.Node, inner: list[gs.Node]) -> bool:
-    inside = {id(node), *map(id, inner)}
-    return all(id(reader) in inside for maker in inner for reader in readers(maker.outputs[0]))
 
 
 def _at_zero(node: gs.Node) -> bool:

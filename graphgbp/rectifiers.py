@@ -169,17 +169,20 @@ def _written_out(node: gs.Node) -> _Verdict | None:
     """A ReLU by its values, of the nearest x; no ReLU that is one already and then scaled or negated."""
     joined = is_joined(node)
     for curve in islice(curves(node), 1 if joined else None):
-        slope = curve.slope_of_relu()
+        slope, route = curve.slope_of_relu(), curve.route()
         if slope is None or not curve.inner or not (joined or _has_no_rectifier(curve)):
             continue
         if abs(slope - 1) > 1e-4:
             return _Verdict(
                 False, Activation(node, curve.x, f"{slope:g} max(x, 0)", "a ReLU by its values, but scaled")
             )
-        reason = f"a ReLU by its values, written with {len(curve.inner) + 1} nodes"
-        return _Verdict(
-            True, Activation(node, curve.x, "max(x, 0), written out", reason, curve.inner, route=curve.route())
-        )
+        written = f"a ReLU by its values, written with {len(curve.inner) + 1} nodes"
+        if not route or not curve.encloses([*curve.bounds, *(step for step, _ in route[1:])]):
+            return _Verdict(
+                False, Activation(node, curve.x, "max(x, 0), written out", f"{written}, some read elsewhere")
+            )
+        activation = Activation(node, curve.x, "max(x, 0), written out", written, curve.inner, route=route)
+        return _Verdict(True, activation)
     return None
 
 

@@ -113,7 +113,7 @@ def _sum(node: gs.Node) -> Activation | None:
     if (found := _choice(node) if node.op == "Add" else None) is not None:
         return found
     curve = next(curves(node), None) if is_joined(node) else None
-    if curve is None or curve.slope_of_relu() is not None:
+    if curve is None or not curve.encloses(curve.bounds) or curve.slope_of_relu() is not None:
         return None
     if curve.is_softplus():
         clothing, reason = "max(x, 0) + log(1 + exp(-|x|))", "Softplus, written so that it does not overflow"

@@ -139,6 +139,13 @@ def test_a_relu_that_is_read_elsewhere_too_is_one():
     assert [name for _, name in found(nodes)] == ["x", "n"]
 
 
+def test_a_relu_whose_last_nodes_are_read_elsewhere_too_is_listed():
+    nodes = ["b = Abs(x)", "s = Add(x, b)", "r = Mul(s, half)", "m = ReduceMax(s)", "y = Add(r, m)"]
+    activations = find_activations(prepare(model(nodes, {"x": ("N", 3, 4)}, ["y"], ZERO)).graph.nodes)
+    assert not activations.rectifiers
+    assert "read elsewhere" in activations.look_alikes[-1].reason
+
+
 def test_every_activation_has_its_reason():
     nodes = ["a = Relu(b)", "s = Add(a, three)", "c = Clip(s, zero, six)", "m = Mul(a, c)", "h = Div(m, six)"]
     weights = ZERO | {"w": drawn(4, 5), "k": drawn(5, 5, seed=1)}
