@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import onnx
 import tensorflow as tf
-from exporters_table import IMAGES, Case, Reference, distance, ranked
+from exporters_table import IMAGES, Case, Maps, Reference, distance, own_distances, ranked
 from keras_networks import CLASSES, SIZES, build, draw, drawn_images, without_softmax
 from xplique.attributions import GradCAM, GuidedBackprop
 
@@ -52,25 +52,23 @@ def reference(
     assert features is not None
     single, exact = (without_softmax(name, weights, dtype) for dtype in ("float32", "float64"))
     place = _place(single, images, features)
-    labels = np.eye(CLASSES, dtype=np.float32)[targets]
-    xplique = np.asarray(GuidedBackprop(single, reducer=None)(images, labels))
     as_xplique = gradient(guided(exact, lambda x, bound: x > 0), images, targets)
+    published = guided(exact, lambda x, bound: (x > 0) & (x < bound), but_gates=name in GATED, merged=True)
     maps = {
         "saliency": gradient(exact, images, targets),
-        "guided_backprop": gradient(
-            guided(exact, lambda x, bound: (x > 0) & (x < bound), but_gates=name in GATED, merged=True), images, targets
-        ),
+        "guided_backprop": gradient(published, images, targets),
         "gradcam": gradcam(exact, place, images, targets),
     }
-    if named := single.operations[place] in single.layers:
-        cam = xplique_gradcam(single, place, images, labels)
-    else:
-        cam = gradcam(single, place, images, targets)
-    float32 = {
-        "saliency": distance(gradient(single, images, targets), maps["saliency"]),
-        "guided_backprop": distance(xplique, as_xplique),
-        "gradcam": distance(cam, maps["gradcam"]),
-    }
+    named = single.operations[place] in single.layers
+    labels = np.eye(CLASSES, dtype=np.float32)[targets]
+    xplique = GuidedBackprop(single, reducer=None)
+
+    def in_float32(x: np.ndarray) -> Maps:
+        cam = xplique_gradcam(single, place, x, labels) if named else gradcam(single, place, x, targets)
+        guided_map = np.asarray(xplique(x, labels))
+        return {"saliency": gradient(single, x, targets), "guided_backprop": guided_map, "gradcam": cam}
+
+    float32 = own_distances(in_float32, images, {**maps, "guided_backprop": as_xplique})
     remarks = [] if named else ["xplique knows no layer there (a sum), so TensorFlow's own Grad-CAM stands in for it"]
     if rules := distance(as_xplique, maps["guided_backprop"]):
         remarks.append(f"xplique's guided map is {rules:.0e} from the published rule's, both in float64: {WHY[name]}")

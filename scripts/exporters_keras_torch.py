@@ -18,7 +18,7 @@ import onnx
 import torch
 import torch.nn.functional as F
 import torch_reference
-from exporters_table import IMAGES, Case, Reference, distance, ranked
+from exporters_table import IMAGES, Case, Reference, own_distances, ranked
 from keras_networks import CLASSES, SIZES, build, draw, drawn_images, without_softmax
 from torch import Tensor
 
@@ -49,11 +49,9 @@ def reference(
     name: str, weights: list[np.ndarray], images: np.ndarray, targets: np.ndarray, features: np.ndarray | None
 ) -> Reference:
     assert features is not None
-    exact, single = (
-        _maps(without_softmax(name, weights, dtype), images.astype(dtype), targets, features)
-        for dtype in ("float64", "float32")
-    )
-    float32 = {method: distance(single[method], value) for method, value in exact.items()}
+    exact = _maps(without_softmax(name, weights, "float64"), images.astype(np.float64), targets, features)
+    single = without_softmax(name, weights, "float32")
+    float32 = own_distances(lambda x: _maps(single, x, targets, features), images, exact)
     unsaid = "no guided reference: its relu6 are the insides of gates, which a mode over torch's functions cannot tell"
     return Reference(exact, float32, [unsaid] if name in GATED else [])
 

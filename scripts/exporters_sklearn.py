@@ -12,7 +12,7 @@ import lightgbm
 import numpy as np
 import onnx
 import onnxmltools
-from exporters_table import Case, Reference, distance
+from exporters_table import Case, Maps, Reference, own_distances
 from onnxmltools.convert.common.data_types import FloatTensorType
 from skl2onnx import to_onnx
 from sklearn.datasets import load_digits
@@ -79,14 +79,12 @@ def _case(network: Network, options: dict[str, Any], targets: np.ndarray) -> Cas
 
 
 def reference(network: Network, images: np.ndarray, targets: np.ndarray, features: np.ndarray | None) -> Reference:
-    exact, single = (
-        {
-            name: gradient(network, images.astype(dtype), targets, guided)
-            for name, guided in zip(METHODS, (False, True), strict=True)
-        }
-        for dtype in (np.float64, np.float32)
-    )
-    return Reference(exact, {name: distance(single[name], value) for name, value in exact.items()})
+    def maps(x: np.ndarray) -> Maps:
+        found = (gradient(network, x, targets, method == "guided_backprop") for method in METHODS)
+        return dict(zip(METHODS, found, strict=True))
+
+    exact = maps(images.astype(np.float64))
+    return Reference(exact, own_distances(maps, images.astype(np.float32), exact))
 
 
 def gradient(network: Network, x: np.ndarray, targets: np.ndarray, guided: bool) -> np.ndarray:
