@@ -171,7 +171,8 @@ def test_reading_takes_steps_in_proportion_to_the_nodes():
 
     def steps(count: int) -> int:
         nodes = [node for i in range(count) for node in (f"s{i} = Sigmoid(y{i})", f"y{i + 1} = Add(s{i}, y{i})")]
-        made = model([*nodes, f"p = GlobalAveragePool(y{count})", "y = Flatten(p)"], {"y0": ("N", 4, "H", "W")}, ["y"])
+        head = [f"p = GlobalAveragePool(y{count})", "f = Flatten(p)", "y = MatMul(f, w)"]
+        made = model([*nodes, *head], {"y0": ("N", 4, "H", "W")}, ["y"], {"w": drawn(4, 3)})
         with cProfile.Profile() as profile:
             graphgbp.convert(made, ["guided_backprop", "gradcam"])
             graphgbp.inspect(made)
