@@ -31,6 +31,7 @@ from tests.faults import Fault, all_faults  # noqa: E402
 from tests.mutation import Chosen, Coverage  # noqa: E402
 
 OPTIONS = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+_NOT_REFUSED = "Failed: DID NOT RAISE"  # pytest.raises, where nothing was raised
 PRELOADED = ["torch", "captum.attr", "onnxruntime", "pytest", "graphgbp.conversion"]
 WORKERS = os.cpu_count() or 1
 
@@ -47,7 +48,7 @@ class Outcome:
 
     @property
     def noticed(self) -> bool:
-        return self.killer is not None and self.message.startswith(("AssertionError", "assert "))
+        return self.killer is not None and self.message.startswith(("AssertionError", "assert ", _NOT_REFUSED))
 
     @property
     def verdict(self) -> str:
