@@ -1,11 +1,11 @@
 """An axis as a product of parts, so that a reshape can merge and split it without losing what it counts."""
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
+
+from graphgbp.symbols import product
 
 BATCH, CHANNELS, TOKENS, DIRECTIONS = "N", "C", "T", ("0", "1", "2")
 
@@ -134,13 +134,7 @@ def _steps(parts: int, axes: int) -> Iterator[tuple[int, int]]:
 
 def _cut(before: Sequence[int | str], after: Sequence[int | str], i: int, j: int) -> bool:
     """Whether a reshape's cut behind the i-th size stands behind the j-th of its output."""
-    return _product(before[:i]) == _product(after[:j]) or _product(before[i:]) == _product(after[j:])
-
-
-def _product(sizes: Sequence[int | str]) -> tuple[int, Counter[str]]:
-    """What sizes multiply to, open ones by name."""
-    known = math.prod(size for size in sizes if isinstance(size, int))
-    return known, Counter(size for size in sizes if isinstance(size, str))
+    return product(before[:i]) == product(after[:j]) or product(before[i:]) == product(after[j:])
 
 
 def _pieces(part: Part, y: gs.Tensor, first: int, count: int) -> list[Axis] | None:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphgbp.nodes import axes_of, permutation, slices
+from graphgbp.symbols import product
 
 _ELEMENTWISE = {
     "Abs", "Add", "Cast", "Celu", "Clip", "DequantizeLinear", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu",
@@ -210,16 +211,6 @@ def _same_place(x: gs.Tensor, y: gs.Tensor, axis: int) -> int | None:
     before, after = list(y.shape[:axis]), list(y.shape[axis + 1 :])
     for place, size in enumerate(x.shape):
         same = size == y.shape[axis] and isinstance(size, int)
-        if same and (
-            _product(x.shape[:place]) == _product(before) or _product(x.shape[place + 1 :]) == _product(after)
-        ):
+        if same and (product(x.shape[:place]) == product(before) or product(x.shape[place + 1 :]) == product(after)):
             return place
     return None
-
-
-def _product(sizes: Iterable[int | str]) -> tuple[int, tuple[str, ...]]:
-    """What sizes multiply to, open ones by name."""
-    sizes = list(sizes)
-    return int(np.prod([size for size in sizes if isinstance(size, int)])), tuple(
-        sorted(size for size in sizes if isinstance(size, str))
-    )

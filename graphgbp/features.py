@@ -5,9 +5,7 @@ arithmetic and by what picks positions, found again behind a Reshape by the plac
 Reshape splits, such as the classes of several anchors, the inner ones count.
 """
 
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -15,6 +13,7 @@ import onnx_graphsurgeon as gs
 from graphgbp.nodes import axes_of, permutation
 from graphgbp.prepare import View
 from graphgbp.shapes import Dim
+from graphgbp.symbols import product
 
 _CHANNELS_SECOND = {"Conv", "ConvTranspose", "DepthToSpace", "SpaceToDepth", "BatchNormalization", "RoiAlign"}
 _RESHAPING = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
@@ -90,7 +89,7 @@ def _reshaped(node: gs.Node, x: gs.Tensor, y: gs.Tensor, found: Features) -> Fea
     if size == 1:
         return _single(y)
     for axis, part in enumerate(y.shape):
-        ends = _product(y.shape[: axis + 1]) == _product(before) or _product(y.shape[axis + 1 :]) == _product(behind)
+        ends = product(y.shape[: axis + 1]) == product(before) or product(y.shape[axis + 1 :]) == product(behind)
         if ends and part != 1 and _divides(part, size):
             return Features(axis)
     return None
@@ -104,12 +103,6 @@ def _single(y: gs.Tensor) -> Features:
 
 def _divides(part: Dim, size: Dim) -> bool:
     return part == size or (isinstance(part, int) and isinstance(size, int) and part > 0 and size % part == 0)
-
-
-def _product(sizes: Sequence[Dim]) -> tuple[int, Counter[str]]:
-    """What sizes multiply to, open ones by name."""
-    known = math.prod(size for size in sizes if isinstance(size, int))
-    return known, Counter(size for size in sizes if isinstance(size, str))
 
 
 def _gathered(node: gs.Node, x: gs.Tensor, y: gs.Tensor, found: Features) -> Features | None:
