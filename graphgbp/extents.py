@@ -5,7 +5,7 @@ score: their gradient is zero by structure. The search goes from the score to th
 So does the search for the tensors that hold the scores already, each channel those of one class.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -44,29 +44,31 @@ Extents = dict[str, Extent]
 def reaching(nodes: Iterable[gs.Node], score: gs.Tensor) -> Extents:
     """For every tensor on a path through the nodes, given in topological order, how much of it reaches the score."""
     found: Extents = {score.name: ALL}
-    for node in reversed(list(nodes)):
-        for y in node.outputs:
-            if y.name not in found:
-                continue
-            for index, x in enumerate(node.inputs):
-                if isinstance(x, gs.Variable) and not x.is_empty():
-                    extent = _needed(node, index, y, found[y.name])
-                    found[x.name] = _union(found[x.name], extent) if x.name in found else extent
+    for node, index, x, y in _ways_back(nodes, found):
+        extent = _needed(node, index, y, found[y.name])
+        found[x.name] = _union(found[x.name], extent) if x.name in found else extent
     return found
 
 
 def one_to_one(nodes: Iterable[gs.Node], score: gs.Tensor, class_axis: int) -> dict[str, int]:
     """The tensors of whose slices along an axis each reaches the scores of one class alone, with that axis."""
     found: dict[str, int | None] = {score.name: class_axis}
+    for node, index, x, y in _ways_back(nodes, found):
+        axis = _same_slices(node, index, y, found[y.name])
+        found[x.name] = axis if found.get(x.name, axis) == axis else None
+    return {name: axis for name, axis in found.items() if axis is not None}
+
+
+def _ways_back(
+    nodes: Iterable[gs.Node], found: Collection[str]
+) -> Iterator[tuple[gs.Node, int, gs.Variable, gs.Tensor]]:
+    """(node, position of x, x, y) from the last node to the first, for every y that is found by then."""
     for node in reversed(list(nodes)):
         for y in node.outputs:
-            if y.name not in found:
-                continue
-            for index, x in enumerate(node.inputs):
-                if isinstance(x, gs.Variable) and not x.is_empty():
-                    axis = _same_slices(node, index, y, found[y.name])
-                    found[x.name] = axis if found.get(x.name, axis) == axis else None
-    return {name: axis for name, axis in found.items() if axis is not None}
+            if y.name in found:
+                for index, x in enumerate(node.inputs):
+                    if isinstance(x, gs.Variable) and not x.is_empty():
+                        yield node, index, x, y
 
 
 def _same_slices(node: gs.Node, index: int, y: gs.Tensor, axis: int | None) -> int | None:
