@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from graphgbp.emit import Emitter
 
 _STEEP = 2.0**126  # the largest power of two whose product with the smallest normal float32 is at least 1
+_BELOW = -(2.0**-64)  # nothing beside 1, and less than 0 at 0; not 0 itself, which OpenVINO's CPU plugin reads as 0.5
 
 
 def where_positive(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
@@ -22,7 +23,7 @@ def where_positive(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
     The steep mask lets only a part through at a subnormal x > 0 (below 1.2e-38), which many kernels flush to 0.
     """
     if x.dtype == dy.dtype == np.float32:
-        return g.mul(dy, g.op("HardSigmoid", x, alpha=_STEEP, beta=0.0))
+        return g.mul(dy, g.op("HardSigmoid", x, alpha=_STEEP, beta=_BELOW))
     return keep(g, dy, g.greater(x, g.like(x, 0)))
 
 

@@ -97,16 +97,19 @@ def _in_shape_of_score(g: Emitter, x: gs.Tensor, score: Score) -> gs.Tensor:
 
 
 def _guarded_classes(g: Emitter, score: Score, target: gs.Variable) -> gs.Tensor:
-    """The target, through a Reshape that fails on every provider where it does not fit batch and classes."""
+    """The target as [n, 1], through a Reshape that fails on every provider where it does not fit batch and classes.
+
+    From one axis to one axis it would be an identity where it succeeds, and OpenVINO would take it out.
+    """
     last = g.sub(_class_count(g, score), g.ints([1]))
     outside = g.op("Or", g.less(target, g.ints([PREDICTED])), g.greater(target, last))
-    length = g.op("Shape", target)
-    bad = g.add(g.reduce_sum(g.cast(outside, np.int64), [0]), _is_no_batch(g, score, length))
-    return g.op("Reshape", target, g.add(length, bad), name=contract.GUARD_NODE)
+    shape = g.op("Shape", g.unsqueeze(target, [1]))
+    bad = g.add(g.reduce_sum(g.cast(outside, np.int64), [0]), _is_no_batch(g, score, shape))
+    return g.op("Reshape", target, g.add(shape, bad), name=contract.GUARD_NODE)
 
 
 def _is_no_batch(g: Emitter, score: Score, length: gs.Tensor) -> gs.Tensor:
-    """int64 [1]: 0 where there are as many as images, or one for all; else 1."""
+    """int64: 0 where a length is that of the batch, or one for all; else 1."""
     fits = g.op("Or", g.equal(length, _images(g, score)), g.equal(length, g.ints([1])))
     return g.cast(g.op("Not", fits), np.int64)
 
@@ -158,7 +161,7 @@ def _sum_seed(g: Emitter, score: Score, classes: gs.Tensor, inputs: Mapping[str,
     cotangent: gs.Tensor = g.like(z, 1)
     if contract.TARGET_POSITION in inputs:
         cotangent = g.expand_like(g.cast(_at_positions(g, score, inputs[contract.TARGET_POSITION]), z.dtype), z)
-    only = classes if score.position_axes else g.ints([0])
+    only = _listed(g, classes) if score.position_axes else g.ints([0])
     return Seed(cotangent, g.op("Expand", only, _images(g, score)), _per_image(g, score, g.mul(z, cotangent)))
 
 
@@ -196,8 +199,13 @@ def _at_positions(g: Emitter, score: Score, position: gs.Variable) -> gs.Tensor:
 
 
 def _per_position(g: Emitter, score: Score, classes: gs.Tensor) -> gs.Tensor:
-    """Classes [n] as [n, 1, ...], to be compared at every position."""
-    return classes if score.rank == 1 else g.op("Reshape", classes, g.ints([-1] + [1] * (score.rank - 1)))
+    """Classes [n, 1] as [n, 1, ...] or [n], to be compared at every position."""
+    return classes if score.rank == 2 else g.op("Reshape", classes, g.ints([-1] + [1] * (score.rank - 1)))
+
+
+def _listed(g: Emitter, classes: gs.Tensor) -> gs.Tensor:
+    """Classes [n, 1] as [n]."""
+    return g.op("Reshape", classes, g.ints([-1]))
 
 
 def _is_predicted(g: Emitter, score: Score, classes: gs.Tensor) -> gs.Tensor:
@@ -225,7 +233,7 @@ def _target_class(g: Emitter, score: Score, classes: gs.Tensor, wanted: gs.Tenso
     """int64 [N]: the class that was explained; where positions chose their own, the target as it came."""
     if not score.position_axes:
         return g.op("Reshape", wanted, g.ints([-1]))
-    return g.op("Expand", classes, _images(g, score))
+    return g.op("Expand", _listed(g, classes), _images(g, score))
 
 
 def _per_image(g: Emitter, score: Score, terms: gs.Tensor) -> gs.Tensor:
