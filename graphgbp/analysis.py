@@ -1,7 +1,8 @@
 """What can be said of a model before anything is appended; `inspect` shows it and `convert` acts on it."""
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 
 import onnx_graphsurgeon as gs
 
@@ -12,9 +13,12 @@ from graphgbp.errors import RequestError
 from graphgbp.image import Image, find_images
 from graphgbp.layers import Layer, LayerSearch, find_tensor
 from graphgbp.layouts import Layouts, find_layouts
+from graphgbp.nodes import label
 from graphgbp.options import Request
+from graphgbp.plain.quantised import QUANTISERS
 from graphgbp.prepare import View
 from graphgbp.rectifiers import Activations, find_activations
+from graphgbp.registry import Entry, Unsupported
 from graphgbp.score import Score
 from graphgbp.smooth import Activation
 
@@ -70,7 +74,23 @@ class Analysis:
 
     @cached_property
     def activations(self) -> Activations:
-        return find_activations(self.active)
+        found = find_activations(self.active)
+        return Activations(*([self._in_its_node(activation) for activation in kind] for kind in found))
+
+    def _in_its_node(self, activation: Activation) -> Activation:
+        """An activation that stands in no node of its own in the file, and the node that it stands in."""
+        if id(activation.node) not in self.view.standing_for:
+            return activation
+        op, name = self.view.standing_for[id(activation.node)]
+        how = "swallowed by" if op in QUANTISERS else "in"
+        reason = f"{activation.reason}; {how} {op} '{name}'"
+        return replace(activation, clothing=f"{activation.clothing} {how} {op}", reason=reason)
+
+    @cached_property
+    def surrogates(self) -> list[str]:
+        """The quantisers that the gradient goes straight through, by the name of their node in the file."""
+        nodes = [node for node in self.active if getattr(self.rule_for(node), "surrogate", False)]
+        return [self.view.standing_for.get(id(node), ("", label(node)))[1] for node in nodes]
 
     @property
     def rectifiers(self) -> list[Activation]:
@@ -118,5 +138,11 @@ def _main(images: Sequence[Image]) -> Image:
 
 
 def table_of(view: View) -> RuleFor:
-    """The rule table read through the model's opsets."""
-    return partial(registry.lookup, opsets=view.opsets)
+    """The rule table read through the model's opsets, and why a fused node could not be seen as plain ones."""
+
+    def rule_for(node: gs.Node) -> Entry | None:
+        if id(node) in view.opaque:
+            return Unsupported(lambda node: view.opaque[id(node)])
+        return registry.lookup(node, view.opsets)
+
+    return rule_for

@@ -1,19 +1,20 @@
 """Appending what the Emitter made to the model: only nodes that an output needs, after everything that was there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
 from graphgbp import model_file
-from graphgbp.contract import RECOMPUTED
+from graphgbp.contract import SCOPE
 from graphgbp.emit import Emitter, elem_type
 from graphgbp.errors import GraphgbpError
 from graphgbp.model_file import tensor_names
 from graphgbp.nodes import node_proto
 from graphgbp.prepare import View, skeleton
 
+_READ_SHAPES = ("Shape", "Size")
 _INITIALIZERS_NEED_NO_INPUT = 4  # the IR version from which an initializer need not be a graph input
 
 
@@ -33,34 +34,46 @@ def append(
 ) -> None:
     """Add new inputs, outputs and the nodes the outputs need, emitted or recomputed, to `model`, in place."""
     there = tensor_names(model)
-    recomputed = {id(node) for node in view.recomputed}
-    nodes = _live([*view.recomputed, *g.nodes], outputs, there)
-    read = {tensor.name: tensor for node in nodes for tensor in node.inputs}
+    nodes = _live([*view.recomputed, *_emitted(view, g.nodes)], outputs, there)
+    read = {x.name: x for node in g.nodes for x in node.inputs if isinstance(x, gs.Constant) and x.name not in there}
+    constants = view.constants | {name: x.values for name, x in read.items()}
     graph = model.graph
-    for constant in read.values():
-        if not isinstance(constant, gs.Constant) or constant.name in there:
-            continue
-        value = numpy_helper.from_array(constant.values, constant.name)
+    for name in dict.fromkeys(name for node in nodes for name in node.input if name in constants):
+        value = numpy_helper.from_array(constants[name], name)
         if model.ir_version >= _INITIALIZERS_NEED_NO_INPUT:
             graph.initializer.append(value)
         else:
-            graph.node.append(helper.make_node("Constant", [], [constant.name], constant.name, value=value))
-    for node in nodes:
-        proto = node_proto(node)
-        proto.name = f"{RECOMPUTED}/{node.name}" if id(node) in recomputed else node.name
-        graph.node.append(proto)
+            graph.node.append(helper.make_node("Constant", [], [name], name, value=value))
+    graph.node.extend(nodes)
     graph.input.extend(_value_info(tensor) for tensor in inputs)
     graph.output.extend(_value_info(tensor) for tensor in outputs)
 
 
-def _live(nodes: Sequence[gs.Node], outputs: Sequence[gs.Variable], there: set[str]) -> list[gs.Node]:
+def _emitted(view: View, nodes: Sequence[gs.Node]) -> Iterator[onnx.NodeProto]:
+    """Emitted nodes, and before them the Casts by which they read what the view shows as float32."""
+    cast: set[str] = set()
+    for node in nodes:
+        proto = node_proto(node)
+        for index, name in enumerate(proto.input):
+            proto.input[index] = view.twins.get(name, name)
+            if name not in view.stored or node.op in _READ_SHAPES:
+                continue
+            shown = f"{SCOPE}/float32/{name}"
+            if name not in cast:
+                cast.add(name)
+                yield helper.make_node("Cast", [proto.input[index]], [shown], shown, to=onnx.TensorProto.FLOAT)
+            proto.input[index] = shown
+        yield proto
+
+
+def _live(nodes: Sequence[onnx.NodeProto], outputs: Sequence[gs.Variable], there: set[str]) -> list[onnx.NodeProto]:
     """The nodes that make a tensor which the outputs need and the model does not make itself."""
     needed = {tensor.name for tensor in outputs}
     live = []
     for node in reversed(nodes):
-        if any(output.name in needed for output in node.outputs):
+        if any(name in needed for name in node.output):
             live.append(node)
-            needed.update({tensor.name for tensor in node.inputs if tensor.name} - there)
+            needed.update({name for name in node.input if name} - there)
     return live[::-1]
 
 

@@ -145,6 +145,7 @@ def _manifest(plan: Plan, public: dict[str, str], record: dict[str, Any]) -> Man
         target_layers=[{"name": name, **layer.describe()} for name, layer in plan.layers.items()],
         rectifiers=[rectifier.describe() for rectifier in masked],
         passed_through=[] if everything else [activation.describe() for activation in analysis.smooth],
+        surrogates=analysis.surrogates,
         options={
             "rectifiers": options.rectifiers,
             "interpolate_mode": options.interpolate_mode,

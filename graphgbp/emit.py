@@ -23,14 +23,17 @@ _FOLDED = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Max": np.maxi
 
 
 class Emitter:
-    """Appends nodes to `graph` (an onnx_graphsurgeon.Graph whose tensors carry dtype and shape)."""
+    """Appends nodes to `graph` (an onnx_graphsurgeon.Graph whose tensors carry dtype and shape).
 
-    def __init__(self, graph: gs.Graph, opset: int) -> None:
+    The names of what it makes begin with `scope`.
+    """
+
+    def __init__(self, graph: gs.Graph, opset: int, scope: str = SCOPE) -> None:
         self.graph = graph
         self.opset = opset
         self.nodes: list[gs.Node] = []
         self.constants: dict[tuple[Any, ...], gs.Constant] = {}
-        self._scope = SCOPE
+        self._root = self._scope = scope
         self._counts: dict[str, int] = {}
         self._made: dict[tuple[Any, ...], list[gs.Variable]] = {}
 
@@ -38,7 +41,7 @@ class Emitter:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Names of nodes made inside begin with `graphgbp/<name>/`."""
+        """Names of nodes made inside begin with `<name>/` behind the scope around it."""
         outer, self._scope = self._scope, f"{self._scope}/{name}"
         try:
             yield
@@ -103,7 +106,7 @@ class Emitter:
         array = np.ascontiguousarray(np.asarray(value, dtype)).reshape(np.shape(value))
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.constants:
-            self.constants[key] = gs.Constant(f"{SCOPE}/constant/{len(self.constants)}", array)
+            self.constants[key] = gs.Constant(f"{self._root}/constant/{len(self.constants)}", array)
         return self.constants[key]
 
     def like(self, x: gs.Tensor, value: Any) -> gs.Constant:
@@ -323,6 +326,25 @@ class Emitter:
     def scatter_add(self, like: gs.Tensor, indices: gs.Tensor, updates: gs.Tensor, axis: int) -> gs.Tensor:
         """Zeros in the shape of `like` with updates added at indices along axis (repeated indices add up)."""
         return self.op("ScatterElements", self.zeros_like(like), indices, updates, axis=axis, reduction="add")
+
+    def discard(self, start: int) -> None:
+        """Take back the nodes made since there were `start`."""
+        taken = {id(y) for node in self.nodes[start:] for y in node.outputs}
+        self._made = {key: made for key, made in self._made.items() if not any(id(y) in taken for y in made)}
+        for node in self.nodes[start:]:
+            node.inputs.clear()
+            node.outputs.clear()
+        del self.nodes[start:]
+
+    def substitute(self, x: gs.Tensor, output: gs.Tensor) -> None:
+        """Let the node that makes x make `output` instead, for x's readers too."""
+        for reader in list(x.outputs):
+            for index, tensor in enumerate(reader.inputs):
+                if tensor is x:
+                    reader.inputs[index] = output
+        maker = x.inputs[0]
+        maker.outputs[next(index for index, tensor in enumerate(maker.outputs) if tensor is x)] = output
+        self._made = {key: made for key, made in self._made.items() if all(tensor is not x for tensor in made)}
 
     def name_output(self, x: gs.Tensor, name: str) -> gs.Tensor:
         """x under a public name, as an output of the graph."""

@@ -33,12 +33,13 @@ _TO_CHANNELS_FIRST = [0, 3, 1, 2]
 
 @dataclass(frozen=True)
 class Image:
-    """An explained input: its tensor, and its layout; None where nothing tells it.
+    """An explained input: its tensor, the type that it is fed in, and its layout; None where nothing tells it.
 
     A photo's is "NCHW" or "NHWC", a sequence's "NCW" or "NWC", a volume's "NCDHW" or "NDHWC".
     """
 
     tensor: gs.Tensor
+    dtype: str
     layout: str | None
 
     @property
@@ -57,7 +58,7 @@ class Image:
         return {
             "name": x.name,
             "shape": list(x.shape or ()),
-            "dtype": np.dtype(x.dtype).name,
+            "dtype": self.dtype,
             "layout": self.layout,
         }
 
@@ -73,7 +74,8 @@ def find_images(view: View, names: Sequence[str] | None = None) -> list[Image]:
     for name in names or ():
         if name not in inputs:
             raise RequestError(f"'{name}' is no float input of the model; it has {', '.join(inputs)}")
-    return [Image(inputs[name], _layout(inputs[name])) for name in dict.fromkeys(names or inputs)]
+    found = [inputs[name] for name in dict.fromkeys(names or inputs)]
+    return [Image(x, np.dtype(view.stored.get(x.name, x.dtype)).name, _layout(x)) for x in found]
 
 
 def _layout(x: gs.Tensor) -> str | None:

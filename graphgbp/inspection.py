@@ -18,6 +18,7 @@ from graphgbp.nodes import label
 from graphgbp.options import Request, names
 from graphgbp.prepare import View, prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
+from graphgbp.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def inspect(
         ir_version=source.ir_version,
         opset_raised=record,
         nodes=len(source.graph.node),
-        inputs=[_describe(tensor) for tensor in view.graph.inputs],
-        outputs=[_describe(tensor) for tensor in view.graph.outputs],
+        inputs=[_describe(tensor, view.stored) for tensor in view.graph.inputs],
+        outputs=[_describe(tensor, view.stored) for tensor in view.graph.outputs],
         converted=None if manifest is None else asdict(manifest),
         **findings,
     )
@@ -144,6 +145,7 @@ def _layers(analysis: Analysis) -> tuple[list[dict[str, Any]], str | None]:
     return [{**layer.describe(), "chosen": layer.tensor.name == chosen} for layer in analysis.layers], problem
 
 
-def _describe(tensor: gs.Tensor) -> dict[str, Any]:
-    kind = None if tensor.dtype is None or isinstance(tensor.dtype, int) else np.dtype(tensor.dtype).name
+def _describe(tensor: gs.Tensor, stored: Stored) -> dict[str, Any]:
+    dtype = stored.get(tensor.name, tensor.dtype)
+    kind = None if dtype is None or isinstance(dtype, int) else np.dtype(dtype).name
     return {"name": tensor.name, "dtype": kind, "shape": None if tensor.shape is None else list(tensor.shape)}

@@ -27,7 +27,7 @@ def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence
     Raises UnsupportedOperatorError, RequestError for a name that is no float input or output, ModelFileError.
     """
     source, record = open_source(model)
-    view = prepare(source, weights_folder(model))
+    view = prepare(source, weights_folder(model), halves=False)
     g = Emitter(view.graph, view.opset)
     wanted = _choose(inputs, view.graph.inputs, "input")
     seeded = _choose(outputs, view.graph.outputs, "output")

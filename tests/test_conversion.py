@@ -251,12 +251,13 @@ def test_every_unsupported_operator_is_listed():
     assert "Einsum (ai.onnx 18, since 12)" in str(caught.value) and "Det (ai.onnx 18, since 11)" in str(caught.value)
 
 
-def test_what_is_quantised_is_refused_and_not_taken_for_constant():
-    """Also where a float path goes beside it, whose gradient alone would be a wrong one."""
+def test_what_is_quantised_is_followed_and_not_taken_for_constant():
+    """Straight through where the value fits into the type, and past the quantiser by the path beside it."""
     nodes = ["q = QuantizeLinear(x, s, o)", "d = DequantizeLinear(q, s, o)", "y = Add(d, x)"]
     quantised = model(nodes, {"x": [1, 4]}, ["y"], {"s": np.float32(0.1), "o": np.uint8(0)})
-    with pytest.raises(graphgbp.UnsupportedOperatorError, match=r"2 nodes(.|\n)*QuantizeLinear(.|\n)*DequantizeLinear"):
-        graphgbp.vjp(quantised)
+    x = np.array([[-1, 0.2, 25.5, 26]], np.float32)
+    found = run(graphgbp.vjp(quantised), {"x": x, "y_grad": np.ones_like(x)}, ["x_grad"])["x_grad"]
+    assert found.tolist() == [[1, 2, 2, 1]]
 
 
 def test_a_foreign_operator_is_refused_by_domain():

@@ -1,0 +1,84 @@
+"""What a file stores in few bits and the reading view shows as float32: half precision, and quantised numbers.
+
+Rules compute in the types that the view shows. A tensor shown as float32 is read through a Cast, so cotangents and
+masks are float32 throughout and have its range, whatever the deployed forward pass computes in.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphgbp.contract import SCOPE
+from graphgbp.forms import is_half
+
+Stored = dict[str, np.dtype[Any]]
+
+_SMALL = 1024  # a smaller constant is written as float32, a larger one is cast
+_QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
+
+
+def show_as_float32(graph: gs.Graph, opsets: Mapping[str, int], formed: Collection[str], halves: bool) -> Stored:
+    """Let the tensors that stand for real numbers be float32 in a view; gives the types they are stored in, by name.
+
+    Those are the quantised ones and, where `halves`, those of half precision. `formed` names the outputs of nodes that
+    were seen as plain ones: an integer among them is a quantised number.
+    """
+    shown: dict[int, gs.Tensor] = {}
+    for node in graph.nodes:
+        quantised = _quantised(node, opsets, formed, shown)
+        half = [x for x in [*node.inputs, *node.outputs] if halves and is_half(x)]
+        shown.update((id(x), x) for x in [*quantised, *half])
+    shown.update((id(x), x) for x in [*graph.inputs, *graph.outputs] if halves and is_half(x))
+    twins = {key: _in_float32(x) for key, x in shown.items() if isinstance(x, gs.Constant)}
+    for node in graph.nodes if twins else []:
+        for index, x in enumerate(node.inputs):
+            if id(x) in twins:
+                node.inputs[index] = twins[id(x)]
+    stored: Stored = {}
+    for x in shown.values():
+        twin = twins.get(id(x), x)
+        if isinstance(twin, gs.Variable):
+            stored[twin.name] = np.dtype(x.dtype)
+            twin.dtype = np.dtype(np.float32)
+    return stored
+
+
+def _in_float32(constant: gs.Constant) -> gs.Tensor:
+    if int(np.prod(constant.shape)) > _SMALL:
+        return gs.Variable(constant.name, constant.dtype, constant.shape)
+    return gs.Constant(f"{SCOPE}/float32/{constant.name}", constant.values.astype(np.float32))
+
+
+def _quantised(
+    node: gs.Node, opsets: Mapping[str, int], formed: Collection[str], shown: Mapping[int, gs.Tensor]
+) -> Iterator[gs.Tensor]:
+    """The quantised tensors that a node makes, and what it reads together with quantised ones."""
+    yield from (y for y in node.outputs if _is_integer(y) and (node.op == "QuantizeLinear" or y.name in formed))
+    if node.op in _QUANTISERS or not any(_is_integer(x) and id(x) in shown for x in node.inputs):
+        return
+    if node.op == "Cast":
+        yield from (y for y in node.outputs if _is_integer(y))
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op, opsets[""], node.domain or "")
+    except onnx.defs.SchemaError:
+        return
+    kinds = {kind for x, kind in _kinds(node.inputs, schema.inputs) if id(x) in shown and _is_integer(x)}
+    for tensors, formals in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
+        yield from (x for x, kind in _kinds(tensors, formals) if kind in kinds and _is_integer(x))
+
+
+def _kinds(tensors: Iterable[gs.Tensor], formals: Any) -> Iterator[tuple[gs.Tensor, str]]:
+    """Each tensor with the type parameter that ONNX binds it to."""
+    for index, tensor in enumerate(tensors):
+        if not tensor.is_empty() and formals:
+            yield tensor, formals[min(index, len(formals) - 1)].type_str
+
+
+def _is_integer(x: gs.Tensor) -> bool:
+    if x.is_empty() or x.dtype is None or isinstance(x.dtype, int):
+        return False
+    return np.dtype(x.dtype).kind in "iu" or np.dtype(x.dtype).name in ("int4", "uint4", "int2", "uint2")
