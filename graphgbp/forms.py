@@ -27,16 +27,21 @@ class NotPlainError(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """A form; `keeps` says that the node stays and makes the outputs that the form does not."""
+    """A form; `keeps` says that the node stays and makes the outputs that the form does not, `surrogate` that what it
+    stands for holds a quantiser, through which the gradient goes straight.
+    """
 
     form: Form
     keeps: bool = False
+    surrogate: bool = False
 
 
 _TABLE: dict[tuple[str, str, int], Entry] = {}
 
 
-def plain(op: str, versions: Iterable[int] = (1,), *, domain: str = "", keeps: bool = False) -> Callable[[Form], Form]:
+def plain(
+    op: str, versions: Iterable[int] = (1,), *, domain: str = "", keeps: bool = False, surrogate: bool = False
+) -> Callable[[Form], Form]:
     """Register a form for the listed since_versions of an operator; the form itself is returned unchanged.
 
     A form returns its one output or a sequence of the first outputs, and None where the node is plain already.
@@ -46,7 +51,7 @@ def plain(op: str, versions: Iterable[int] = (1,), *, domain: str = "", keeps: b
         for version in versions:
             if (domain, op, version) in _TABLE:
                 raise ValueError(f"{domain or 'ai.onnx'} {op}-{version} is registered twice")
-            _TABLE[domain, op, version] = Entry(form, keeps)
+            _TABLE[domain, op, version] = Entry(form, keeps, surrogate)
         return form
 
     return register

@@ -14,8 +14,9 @@ from typing import Any
 
 import onnx
 
+import graphgbp.plain
 import graphgbp.rules  # noqa: F401  fills the registry
-from graphgbp import registry
+from graphgbp import forms, registry
 from graphgbp.opset import RAISED_TO
 from graphgbp.prepare import READ_AS
 from graphgbp.registry import Entry, Key, Rule, Unsupported
@@ -48,7 +49,7 @@ def ops() -> list[Operator]:
     table = registry.table()
     found: dict[tuple[str, str, str], list[onnx.defs.OpSchema]] = {}
     for schema in schemas():
-        kind = set_of(entry_of(schema, table))
+        kind = SURROGATE if _is_quantised(schema) else set_of(entry_of(schema, table))
         found.setdefault((schema.domain, schema.name, kind), []).append(schema)
     return [
         Operator(domain, name, tuple(schema.since_version for schema in versions), kind, _gradients(versions, table))
@@ -73,6 +74,11 @@ def entry_of(schema: onnx.defs.OpSchema, table: Mapping[Key, Entry]) -> Entry | 
         opset = max(schema.since_version, RAISED_TO)
         schema = onnx.defs.get_schema(READ_AS[schema.name], opset)
     return table.get((schema.domain, schema.name, schema.since_version))
+
+
+def _is_quantised(schema: onnx.defs.OpSchema) -> bool:
+    form = forms.table().get((schema.domain, schema.name, schema.since_version))
+    return form is not None and form.surrogate
 
 
 def set_of(entry: Entry | None) -> str:

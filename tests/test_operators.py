@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 import graphgbp
-from graphgbp import operators, registry
+from graphgbp import forms, operators, registry
 from graphgbp.operators import RULE, SETS, SURROGATE, UNSUPPORTED, ZERO
 from graphgbp.prepare import READ_AS
 
@@ -39,7 +39,7 @@ def test_the_table_is_the_registry():
     listed = {(o.domain, o.name, version): o.set for o in TABLE for version in o.versions}
     assert set(registered) <= set(listed)
     for key, found in listed.items():
-        if key[1] in READ_AS:
+        if key[1] in READ_AS or key in forms.table():
             continue
         entry = registered.get(key)
         if found == UNSUPPORTED:
@@ -47,6 +47,11 @@ def test_the_table_is_the_registry():
         else:
             assert isinstance(entry, registry.Rule | registry.Nondifferentiable)
             assert (found == ZERO) == (entry is registry.NONDIFFERENTIABLE)
+
+
+def test_what_is_seen_as_plain_nodes_is_a_surrogate_where_it_quantises():
+    quantised = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
+    assert {SET["", name] for name in quantised} == {SURROGATE}
 
 
 def test_what_is_read_as_another_operator_is_in_its_set():

@@ -12,6 +12,7 @@ from graphgbp import operators, registry, rules
 from graphgbp.registry import Rule, nondifferentiable, vjp
 
 TABLE = registry.table()
+QUANTISERS = {"QuantizeLinear", "DequantizeLinear"}
 RULE_TESTS = Path(__file__).parent / "rules"
 
 
@@ -56,10 +57,13 @@ def test_a_rule_fits_its_schema(key):
 
 
 def test_every_rule_has_a_test_against_an_oracle():
-    """Some `check_rule` names the operator, at once or through its test's parameters."""
+    """Some `check_rule` names the operator, at once or through its test's parameters.
+
+    A quantiser has no derivative that `check_rule` could find: tests/rules/test_quantisation.py holds it to torch's.
+    """
     modules = [ast.parse(path.read_text("utf-8")) for path in RULE_TESTS.glob("test_*.py")]
     checked = {word for module in modules for word in _checked_words(module)}
-    assert {op for (_, op, _), entry in TABLE.items() if isinstance(entry, Rule)} <= checked
+    assert {op for (_, op, _), entry in TABLE.items() if isinstance(entry, Rule)} - QUANTISERS <= checked
 
 
 def test_the_search_for_tests_sees_only_what_is_checked():

@@ -78,7 +78,7 @@ def quantize_linear(
     return None if behind is None else g.op("QuantizeLinear", behind, _flat(g, scale), zero_point, **kept)
 
 
-@plain("DynamicQuantizeLinear", (11,), keeps=True)
+@plain("DynamicQuantizeLinear", (11,), keeps=True, surrogate=True)
 def dynamic_quantize_linear(g: Emitter, node: gs.Node, x: gs.Tensor) -> gs.Tensor | None:
     """A quantiser with the scale and the zero point that the node finds in x"""
     _, scale, zero_point = node.outputs
@@ -92,8 +92,8 @@ def dynamic_quantize_linear(g: Emitter, node: gs.Node, x: gs.Tensor) -> gs.Tenso
 # -- convolution and products -------------------------------------------------------------------------------------
 
 
-@plain("QLinearConv", (10,))
-@plain("QLinearConv", domain=MICROSOFT)
+@plain("QLinearConv", (10,), surrogate=True)
+@plain("QLinearConv", domain=MICROSOFT, surrogate=True)
 def qlinear_conv(
     g: Emitter,
     node: gs.Node,
@@ -128,7 +128,7 @@ def convolution(
     return g.transpose(y, [0, *range(2, rank), 1])
 
 
-@plain("QLinearMatMul", (10, 21))
+@plain("QLinearMatMul", (10, 21), surrogate=True)
 def qlinear_matmul(
     g: Emitter,
     node: gs.Node,
@@ -148,7 +148,7 @@ def qlinear_matmul(
     return quantized(g, product, y_scale, y_zero_point)
 
 
-@plain("ConvInteger", (10,))
+@plain("ConvInteger", (10,), surrogate=True)
 def conv_integer(
     g: Emitter,
     node: gs.Node,
@@ -162,7 +162,7 @@ def conv_integer(
     return g.cast(y, np.int32)
 
 
-@plain("MatMulInteger", (10,))
+@plain("MatMulInteger", (10,), surrogate=True)
 def matmul_integer(
     g: Emitter,
     node: gs.Node,

@@ -51,9 +51,6 @@ NO_REAL_INPUT = {  # the output is a real number made of integers or text
     "HannWindow": (17,),
     "TfIdfVectorizer": (9,),
 }
-NOT_FOLLOWED = {  # the scale and zero point that the quantiser finds; what it quantises is seen as a QuantizeLinear
-    "DynamicQuantizeLinear": (11,),
-}
 PIECEWISE_CONSTANT = {  # the derivative is zero almost everywhere
     "Bernoulli": (15, 22),
     "Ceil": (13,),
@@ -63,6 +60,6 @@ PIECEWISE_CONSTANT = {  # the derivative is zero almost everywhere
     "Sign": (13,),
 }
 
-for family in (NO_REAL_NUMBER, NO_VALUE_READ, NO_REAL_INPUT, NOT_FOLLOWED, PIECEWISE_CONSTANT):
+for family in (NO_REAL_NUMBER, NO_VALUE_READ, NO_REAL_INPUT, PIECEWISE_CONSTANT):
     for operator, versions in family.items():
         nondifferentiable(operator, versions)

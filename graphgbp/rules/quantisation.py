@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from graphgbp import masks
 from graphgbp.emit import Emitter
-from graphgbp.registry import vjp
+from graphgbp.registry import nondifferentiable, vjp
 
 _VERSIONS = (13, 19, 21, 23, 24, 25)
 
@@ -71,3 +71,7 @@ def quantize_linear(g: Emitter, node: gs.Node, dq: gs.Tensor) -> list[gs.Tensor]
 def dequantize_linear(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """y = (q - z) s: dq = dy s"""
     return [g.mul(g.cast(dy, np.float32), _along(g, node, node.inputs[1]))]
+
+
+# Its first output is seen as a QuantizeLinear's; the scale and the zero point that it finds count as given.
+nondifferentiable("DynamicQuantizeLinear", (11,))
