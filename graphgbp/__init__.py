@@ -25,17 +25,21 @@ from graphgbp.errors import (
 
 if TYPE_CHECKING:
     from graphgbp.conversion import convert
-    from graphgbp.explainer import (
-        DeconvNet,
-        Explainer,
-        GradCAM,
-        GuidedBackprop,
-        GuidedGradCAM,
-        Result,
-        Saliency,
-    )
+    from graphgbp.explainer import Explainer, Result
     from graphgbp.inspection import Inspection, inspect
     from graphgbp.jacobian import vjp
+    from graphgbp.methods import (
+        DeconvNet,
+        GradCAM,
+        GradCAMPlusPlus,
+        GuidedBackprop,
+        GuidedGradCAM,
+        HiResCAM,
+        InputXGradient,
+        LayerCAM,
+        Saliency,
+        XGradCAM,
+    )
     from graphgbp.model_file import save
     from graphgbp.operators import Operator, ops
     from graphgbp.recipe import Recipe
@@ -52,9 +56,9 @@ _HOME = {
     "Recipe": "recipe",
     "Verification": "verification",
     "verify": "verification",
-    **dict.fromkeys(
-        ("Explainer", "Result", "Saliency", "GuidedBackprop", "DeconvNet", "GradCAM", "GuidedGradCAM"), "explainer"
-    ),
+    **dict.fromkeys(("Explainer", "Result"), "explainer"),
+    **dict.fromkeys(("Saliency", "InputXGradient", "GuidedBackprop", "DeconvNet", "GuidedGradCAM"), "methods"),
+    **dict.fromkeys(("GradCAM", "HiResCAM", "LayerCAM", "GradCAMPlusPlus", "XGradCAM"), "methods"),
 }
 
 __all__ = [
@@ -63,11 +67,15 @@ __all__ = [
     "DeviceError",
     "Explainer",
     "GradCAM",
+    "GradCAMPlusPlus",
     "GraphgbpError",
     "GuidedBackprop",
     "GuidedGradCAM",
+    "HiResCAM",
     "ImageError",
+    "InputXGradient",
     "Inspection",
+    "LayerCAM",
     "MissingWeightsError",
     "ModelFileError",
     "Operator",
@@ -82,6 +90,7 @@ __all__ = [
     "UnsupportedOperatorError",
     "Verification",
     "VerificationError",
+    "XGradCAM",
     "__version__",
     "convert",
     "inspect",

@@ -56,7 +56,7 @@ class Analysis:
 
     @property
     def image(self) -> Image:
-        """The input that Grad-CAM is drawn over: the first that is an image, else the first."""
+        """The input that CAMs are drawn over: the first that is an image, else the first."""
         return _main(self.images)
 
     @property
@@ -109,7 +109,7 @@ class Analysis:
 
     @property
     def layers(self) -> list[Layer]:
-        """The candidates for Grad-CAM's target layer."""
+        """The candidates for the target layer."""
         return self._search.candidates
 
     def layer(self, request: str) -> Layer:

@@ -21,15 +21,21 @@ GUARD_MASK = f"{SCOPE}/target/mask_of_other_size"
 GUARD_WEIGHTS = f"{SCOPE}/target/weights_of_other_size"
 
 SALIENCY = "saliency"
+INPUT_X_GRADIENT = "input_x_gradient"
 GUIDED_BACKPROP = "guided_backprop"
 DECONVNET = "deconvnet"
 GRADCAM = "gradcam"
+HIRESCAM = "hirescam"
+LAYERCAM = "layercam"
+GRADCAM_PLUSPLUS = "gradcam_plusplus"
+XGRADCAM = "xgradcam"
 GUIDED_GRADCAM = "guided_gradcam"
 GRADCAM_FEATURES = "gradcam_features"
 GRADCAM_GRADIENTS = "gradcam_gradients"
 
-METHODS = (SALIENCY, GUIDED_BACKPROP, DECONVNET, GRADCAM, GUIDED_GRADCAM)
-LAYER_METHODS = (GRADCAM, GUIDED_GRADCAM)
+CAMS = (GRADCAM, HIRESCAM, LAYERCAM, GRADCAM_PLUSPLUS, XGRADCAM)
+LAYER_METHODS = (*CAMS, GUIDED_GRADCAM)
+METHODS = (SALIENCY, INPUT_X_GRADIENT, GUIDED_BACKPROP, DECONVNET, *LAYER_METHODS)
 LAYER_OUTPUTS = (GRADCAM_FEATURES, GRADCAM_GRADIENTS)
 
 MANIFEST_KEY = f"{SCOPE}.manifest"
@@ -44,7 +50,7 @@ class Manifest:
 
     Every name is a tensor or node of the file itself. `names` maps each role (`target`, `target_class`,
     `gradcam`, ...) to the public name that carries it, which differs only where the original already used it.
-    `inputs` are the explained inputs, `target_layers` those of Grad-CAM; where there are several, the role of a map
+    `inputs` are the explained inputs, `target_layers` those of the CAMs; where there are several, the role of a map
     ends in the name of its input or layer: `saliency/left`, `gradcam/layer3`.
     """
 
@@ -66,12 +72,12 @@ class Manifest:
 
     @property
     def input(self) -> dict[str, Any]:
-        """The input that Grad-CAM is drawn over: the first that is an image, else the first."""
+        """The input that CAMs are drawn over: the first that is an image, else the first."""
         return next((entry for entry in self.inputs if entry["layout"]), self.inputs[0])
 
     @property
     def target_layer(self) -> dict[str, Any] | None:
-        """The first target layer; None without Grad-CAM."""
+        """The first target layer; None without a CAM."""
         return self.target_layers[0] if self.target_layers else None
 
     def to_json(self) -> str:

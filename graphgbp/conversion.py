@@ -42,11 +42,12 @@ def convert(
 
     Args:
         model: an ONNX file or model.
-        methods: any of `saliency`, `guided_backprop`, `deconvnet`, `gradcam`, `guided_gradcam`; by default
-            `guided_gradcam`, `gradcam` and `guided_backprop`.
-        target_layer: where Grad-CAM is taken: a tensor's name, a node's name, or "auto"; or several of them, whose maps
-            are then `gradcam/<name>` and `guided_gradcam/<name>`.
-        aggregate: "mean" makes one `gradcam` of several layers' maps, normalised and averaged as pytorch-grad-cam does.
+        methods: any of `saliency`, `input_x_gradient`, `guided_backprop`, `deconvnet`; the CAMs `gradcam`, `hirescam`,
+            `layercam`, `gradcam_plusplus`, `xgradcam`; and `guided_gradcam`. By default `guided_gradcam`, `gradcam`
+            and `guided_backprop`.
+        target_layer: where CAMs are taken: a tensor's name, a node's name, or "auto"; or several of them, whose maps
+            are then `gradcam/<name>`, `guided_gradcam/<name>` and so on.
+        aggregate: "mean" makes one map of several layers' CAMs, normalised and averaged as pytorch-grad-cam does.
         score: what is explained: "auto" and "pre_softmax" take the input of a final Softmax, LogSoftmax or
             Sigmoid, "probability" its output.
         target: "required" adds the int64 input `target` [N] or [1] (-1: the predicted class), "optional" gives it
@@ -58,16 +59,16 @@ def convert(
             at each position), `target_position` int64 [N or 1, R] the position (-1: all along that axis).
         class_axis: the axis of the scores that holds the classes, where `graphgbp inspect` names another.
         rectifiers: "relu" applies the guided rule to ReLUs in any clothing, "all" to smooth and leaky activations too.
-        interpolate_mode: how Grad-CAM is resized to the input: "bilinear" or "nearest" (Captum's default).
-        relu_attributions: False leaves `gradcam` signed; Guided Grad-CAM always takes the ReLU.
+        interpolate_mode: how a CAM is resized to the input: "bilinear" or "nearest" (Captum's default).
+        relu_attributions: False leaves the CAMs signed; Guided Grad-CAM always takes the ReLU.
         inputs: the inputs to explain, by name; by default every float input that the score depends on. With several,
             maps are named `<method>/<input>`.
         output: the output to explain, where the default is not meant; `graphgbp inspect` says which that is and why.
 
     Returns:
         The converted model. Behind its own outputs stand `target_class` int64 [N], `target_score` float32 [N], then
-        float32 maps: `saliency`, `guided_backprop`, `deconvnet`, `guided_gradcam` in the input's shape, `gradcam`
-        with one channel, and with it `gradcam_features` and `gradcam_gradients` in the layer's shape.
+        float32 maps: the CAMs with one channel, the others in the input's shape; with any CAM also
+        `gradcam_features` and `gradcam_gradients` in the layer's shape.
 
     Raises:
         ModelFileError, AlreadyConvertedError, UnsupportedOperatorError, OpsetError, RequestError.

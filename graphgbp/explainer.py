@@ -1,7 +1,7 @@
-"""Explainer and the one-liners: convert a model where it is still plain, run it on images, hand back the maps."""
+"""Explainer: convert a model where it is still plain, run it on images, hand back the maps."""
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -24,16 +24,7 @@ from graphgbp.source import ModelLike, read, weights_folder
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 
-__all__ = [
-    "DeconvNet",
-    "Explainer",
-    "GradCAM",
-    "GuidedBackprop",
-    "GuidedGradCAM",
-    "Ranked",
-    "Result",
-    "Saliency",
-]
+__all__ = ["Explainer", "Ranked", "Result"]
 
 
 class Explainer:
@@ -41,8 +32,8 @@ class Explainer:
 
     Args:
         model: an ONNX file or model, plain or converted by `graphgbp.convert`. A plain one is converted in memory.
-        methods: any of `saliency`, `guided_backprop`, `deconvnet`, `gradcam`, `guided_gradcam`; by default
-            `guided_gradcam`, `gradcam` and `guided_backprop`, or all that a converted file holds.
+        methods: as `graphgbp.convert` takes them; by default `guided_gradcam`, `gradcam` and `guided_backprop`, or all
+            that a converted file holds.
         device: "auto" (CUDA where it loads, else the CPU; `explainer.device` says which), "cpu", "cuda", "cuda:1".
         batch_size: how many images are run at once; more are split. A model exported for a fixed batch runs that one.
         threads: how many CPU threads at most; by default ONNX Runtime decides.
@@ -313,7 +304,7 @@ def _one_run(manifest: Manifest, images: int) -> int:
 
 def _roles(methods: Sequence[str], manifest: Manifest) -> set[str]:
     """What is fetched for the methods."""
-    layer = contract.LAYER_OUTPUTS if contract.GRADCAM in methods else ()
+    layer = () if set(methods).isdisjoint(contract.CAMS) else contract.LAYER_OUTPUTS
     wanted = {contract.TARGET_CLASS, contract.TARGET_SCORE, *methods, *layer}
     return {role for role in manifest.names if contract.method_of(role) in wanted}
 
@@ -345,51 +336,3 @@ def _join(name: str, arrays: list[np.ndarray], size: int, perhaps_constant: bool
         f"output '{name}' of shape {list(arrays[0].shape)} has no batch axis in front, so its {len(arrays)} "
         f"batches cannot be joined; explain at most {size} images in one call, or choose a larger batch_size"
     )
-
-
-class _OneMethod:
-    """One method of one model: `explain(images, labels)` gives its map, or its maps by role where they are several.
-
-    `model` and `options` are those of `Explainer`.
-    """
-
-    method: ClassVar[str]
-
-    def __init__(self, model: ModelLike, **options: Any) -> None:
-        self.explainer = Explainer(model, (self.method,), **options)
-
-    def explain(self, images: Any, labels: Any = None, **options: Any) -> np.ndarray | dict[str, np.ndarray]:
-        """The maps of a batch, float32; images, labels, options and errors are those of `Explainer.explain`."""
-        maps = self.explainer.explain(images, labels, **options).maps
-        own = {role: array for role, array in maps.items() if contract.method_of(role) == self.method}
-        return next(iter(own.values())) if len(own) == 1 else own
-
-
-class Saliency(_OneMethod):
-    """The gradient of the score by the image, signed, in the image's shape."""
-
-    method = contract.SALIENCY
-
-
-class GuidedBackprop(_OneMethod):
-    """Guided Backpropagation (Springenberg et al. 2014, arXiv 1412.6806), signed, in the image's shape."""
-
-    method = contract.GUIDED_BACKPROP
-
-
-class DeconvNet(_OneMethod):
-    """DeconvNet (Zeiler & Fergus 2014, arXiv 1311.2901), signed, in the image's shape."""
-
-    method = contract.DECONVNET
-
-
-class GradCAM(_OneMethod):
-    """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391), one channel in the image's size, not normalised."""
-
-    method = contract.GRADCAM
-
-
-class GuidedGradCAM(_OneMethod):
-    """Guided Grad-CAM (Selvaraju et al. 2017): Guided Backpropagation times Grad-CAM, in the image's shape."""
-
-    method = contract.GUIDED_GRADCAM

@@ -1,14 +1,11 @@
-"""The attribution maps, from cotangents (Selvaraju et al. 2017, arXiv 1610.02391).
-
-Grad-CAM         L = relu(sum_k alpha_k A_k), alpha_k the mean of dS/dA_k over the positions
-Guided Grad-CAM  guided backpropagation times L, element by element
-"""
+"""The attribution maps, from cotangents: a CAM of a layer, laid over an image."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphgbp.cams import WEIGHTS
 from graphgbp.emit import Emitter, Size
 from graphgbp.errors import RequestError
 from graphgbp.image import Image
@@ -22,13 +19,13 @@ INTERPOLATE_MODES = {
 }
 
 
-def cam(g: Emitter, layer: Layer, gradient: gs.Tensor) -> gs.Tensor:
-    """sum_k alpha_k A_k, float32 [N, 1, *positions]: before ReLU and resize. Tokens are laid out on their grid."""
+def cam(g: Emitter, method: str, layer: Layer, gradient: gs.Tensor) -> gs.Tensor:
+    """sum_k w_k A_k, float32 [N, 1, *positions]: before ReLU and resize. Tokens are laid out on their grid."""
     layout = layer.layout
     sizes = [g.size(part.tensor, part.axis) for part in layout.positions]
     features, gradient = (_at_positions(g, layout, sizes, g.cast(x, np.float32)) for x in (layer.tensor, gradient))
-    alpha = g.reduce_mean(gradient, layout.position_axes)
-    weighted = g.reduce_sum(g.mul(features, alpha), [layout.channel_axis])
+    weight = WEIGHTS[method](g, features, gradient, layout.position_axes)
+    weighted = g.reduce_sum(g.mul(features, weight), [layout.channel_axis])
     weighted = g.transpose(weighted, [layout.batch_axis, layout.channel_axis, *layout.position_axes])
     return g.reshape(weighted, [-1, 1, *sizes]) if layout.folded else weighted
 
@@ -85,12 +82,12 @@ def _normalised(g: Emitter, cam: gs.Tensor) -> gs.Tensor:
 
 
 def require_image(image: Image, layer: Layer) -> None:
-    """Refuse Grad-CAM where the image's layout is not known or the layer's positions are not the image's."""
+    """Refuse a CAM where the image's layout is not known or the layer's positions are not the image's."""
     wanted, sizes = len(image.position_axes), layer.sizes
     single = sum(size == 1 for size in sizes)
     if not len(sizes) - single <= wanted <= len(sizes):
         raise RequestError(
             f"layer '{layer.tensor.name}' {list(layer.tensor.shape)} has positions along {len(sizes)} axes, input "
-            f"'{image.tensor.name}' {list(image.tensor.shape)} ({image.layout}) along {wanted}: Grad-CAM cannot be "
+            f"'{image.tensor.name}' {list(image.tensor.shape)} ({image.layout}) along {wanted}: a CAM cannot be "
             "laid over it; name another target_layer"
         )

@@ -1,4 +1,4 @@
-"""Grad-CAM's target layer: which tensors can serve, and the choice among them.
+"""The target layer of a CAM: which tensors can serve, and the choice among them.
 
 A candidate is a spatial tensor that every path from the input to the score crosses: no later decision of the network
 goes around it. `auto` takes the last of them, after its activation, before the pooling. The blocks of a transformer go
@@ -30,7 +30,7 @@ _POOLING = {"AveragePool", "GlobalAveragePool", "ReduceMean"}
 
 @dataclass(frozen=True)
 class Layer:
-    """A tensor that Grad-CAM can be taken at, where it has its channels and positions, and why it was chosen."""
+    """A tensor that a CAM can be taken at, where it has its channels and positions, and why it was chosen."""
 
     tensor: gs.Tensor
     layout: Layout
@@ -231,7 +231,7 @@ def _last(layers: Sequence[Layer]) -> Layer:
     if not layers:
         raise RequestError(
             "no spatial tensor lies on every path from the input to the score, so target_layer='auto' finds none; "
-            "name a tensor or node, or leave gradcam and guided_gradcam out"
+            "name a tensor or node, or leave the CAMs out"
         )
     named = {layer.tensor.name: layer for layer in layers}
     last = layers[-1]

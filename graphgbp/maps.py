@@ -23,7 +23,7 @@ Maps = dict[str, gs.Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """A request and what it is asked of; `layers` are Grad-CAM's target layers by the names they go by."""
+    """A request and what it is asked of; `layers` are the target layers of the CAMs by the names they go by."""
 
     options: Options
     analysis: Analysis
@@ -50,9 +50,8 @@ def make_maps(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
     made = _gradients(g, plan, cotangent)
     if plan.layers:
         made |= _layer_gradients(g, plan, cotangent)
-        with g.scope("gradcam"):
-            made |= _cams(g, plan, made)
-    if contract.GRADCAM in asked:
+        made |= _cams(g, plan, made)
+    if not asked.isdisjoint(contract.CAMS):
         asked.update(contract.LAYER_OUTPUTS)
     order = [*contract.METHODS, *contract.LAYER_OUTPUTS]
     roles = sorted(made, key=lambda role: order.index(method_of(role)))
@@ -60,11 +59,11 @@ def make_maps(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
 
 
 def _gradients(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
-    """The maps that are gradients by the inputs, each under its policy."""
+    """The maps that are gradients by the inputs, each under its policy, and what is made of them alone."""
     analysis, asked = plan.analysis, plan.options.methods
     masked = [*analysis.rectifiers, *(analysis.smooth if plan.options.rectifiers == "all" else [])]
     passes: list[tuple[str, str, RuleFor]] = []
-    if contract.SALIENCY in asked:
+    if contract.SALIENCY in asked or contract.INPUT_X_GRADIENT in asked:
         passes.append((contract.SALIENCY, "gradient", analysis.rule_for))
     if contract.GUIDED_BACKPROP in asked or contract.GUIDED_GRADCAM in asked:
         passes.append((contract.GUIDED_BACKPROP, "guided", policies.guided(analysis.rule_for, masked)))
@@ -75,6 +74,10 @@ def _gradients(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
     for method, scope, rule_for in passes:
         found = _backward(g, plan, cotangent, analysis.image_names, rule_for, scope)
         made |= {plan.input_role(method, image): found[image.tensor.name] for image in analysis.images}
+    for image in analysis.images if contract.INPUT_X_GRADIENT in asked else []:
+        with g.scope(contract.INPUT_X_GRADIENT):
+            gradient = made[plan.input_role(contract.SALIENCY, image)]
+            made[plan.input_role(contract.INPUT_X_GRADIENT, image)] = _product(g, gradient, image.tensor, image)
     return made
 
 
@@ -97,31 +100,34 @@ def _layer_gradients(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
 
 
 def _cams(g: Emitter, plan: Plan, made: Mapping[str, gs.Tensor]) -> Maps:
-    """Grad-CAM over the main image, and its product with guided backpropagation for every input that is an image."""
-    options, main = plan.options, plan.analysis.image
-    raw = {
-        name: heads.cam(g, layer, made[plan.layer_role(contract.GRADCAM_GRADIENTS, name)])
-        for name, layer in plan.layers.items()
-    }
-    if options.aggregate == "mean":
-        return _mean_cams(g, plan, list(raw.values()), made)
-    cams: Maps = {}
-    for name, cam in raw.items():
-        shown = g.relu(cam) if options.relu_attributions else cam
-        cams[plan.layer_role(contract.GRADCAM, name)] = _over(g, shown, main, options.interpolate_mode)
-        for image, guided in _guided(plan, made):
-            role = plan.input_role(contract.GUIDED_GRADCAM, image, *plan.layer_name(name))
-            cams[role] = _product(g, guided, _over(g, g.relu(cam), image, options.interpolate_mode), image)
+    """The CAMs over the main image, and Grad-CAM times guided backpropagation for every input that is an image."""
+    options, cams = plan.options, Maps()
+    needed = {contract.GRADCAM} if contract.GUIDED_GRADCAM in options.methods else set()
+    for method in (cam for cam in contract.CAMS if cam in needed.union(options.methods)):
+        with g.scope(method):
+            raw = {
+                name: heads.cam(g, method, layer, made[plan.layer_role(contract.GRADCAM_GRADIENTS, name)])
+                for name, layer in plan.layers.items()
+            }
+            for layers, cam in _laid_over(g, plan, raw, plan.analysis.image, options.relu_attributions):
+                cams[role_of(method, *layers)] = cam
+            for image, guided in _guided(plan, made) if method == contract.GRADCAM else ():
+                for layers, cam in _laid_over(g, plan, raw, image, rectified=True):
+                    role = plan.input_role(contract.GUIDED_GRADCAM, image, *layers)
+                    cams[role] = _product(g, guided, cam, image)
     return cams
 
 
-def _mean_cams(g: Emitter, plan: Plan, raw: Sequence[gs.Tensor], made: Mapping[str, gs.Tensor]) -> Maps:
+def _laid_over(
+    g: Emitter, plan: Plan, raw: Mapping[str, gs.Tensor], image: Image, rectified: bool
+) -> Iterator[tuple[list[str], gs.Tensor]]:
+    """(what its role names of the layer, the map in an image's size): one for each layer, or the mean of them all."""
     mode = plan.options.interpolate_mode
-    cams = {contract.GRADCAM: heads.mean(g, raw, plan.analysis.image, mode)}
-    for image, guided in _guided(plan, made):
-        role = plan.input_role(contract.GUIDED_GRADCAM, image)
-        cams[role] = _product(g, guided, heads.mean(g, raw, image, mode), image)
-    return cams
+    if plan.options.aggregate == "mean":
+        yield [], heads.mean(g, list(raw.values()), image, mode)
+        return
+    for name, cam in raw.items():
+        yield plan.layer_name(name), _over(g, g.relu(cam) if rectified else cam, image, mode)
 
 
 def _guided(plan: Plan, made: Mapping[str, gs.Tensor]) -> Iterator[tuple[Image, gs.Tensor]]:
@@ -132,8 +138,9 @@ def _guided(plan: Plan, made: Mapping[str, gs.Tensor]) -> Iterator[tuple[Image, 
             yield image, made[plan.input_role(contract.GUIDED_BACKPROP, image)]
 
 
-def _product(g: Emitter, guided: gs.Tensor, cam: gs.Tensor, image: Image) -> gs.Tensor:
-    return g.with_shape(g.mul(g.cast(guided, np.float32), cam), image.tensor)
+def _product(g: Emitter, gradient: gs.Tensor, factor: gs.Tensor, image: Image) -> gs.Tensor:
+    """Gradient times factor, float32, in the shape of the image."""
+    return g.with_shape(g.mul(*(g.cast(x, np.float32) for x in (gradient, factor))), image.tensor)
 
 
 def _over(g: Emitter, cam: gs.Tensor, image: Image, mode: str) -> gs.Tensor:

@@ -68,13 +68,15 @@ class Options:
     def _refuse_contradictions(self) -> None:
         if self.target_layers != (AUTO,) and not self.needs_layer:
             raise RequestError(
-                f"target_layer={', '.join(map(repr, self.target_layers))} is where Grad-CAM is taken, and none of "
-                f"{', '.join(self.methods)} is one; leave it out, or ask for gradcam or guided_gradcam"
+                f"target_layer={', '.join(map(repr, self.target_layers))} is where a CAM is taken, and none of "
+                f"{', '.join(self.methods)} is one; leave it out, or ask for one of {', '.join(contract.LAYER_METHODS)}"
             )
         if self.aggregate not in (None, "mean"):
             raise RequestError(f"aggregate={self.aggregate!r} is unknown; choose 'mean', or leave it out")
         if self.aggregate and not self.needs_layer:
-            raise RequestError("aggregate averages Grad-CAM over layers; ask for gradcam or guided_gradcam")
+            raise RequestError(
+                f"aggregate averages a CAM over layers; ask for one of {', '.join(contract.LAYER_METHODS)}"
+            )
         if self.aggregate and not self.relu_attributions:
             raise RequestError("aggregate='mean' averages rectified maps; leave relu_attributions=False out")
 

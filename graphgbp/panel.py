@@ -1,9 +1,9 @@
 """Attribution maps as people look at them: pixels by the field's conventions, and one panel per image.
 
-Grad-CAM is laid over the photo, each map over its own maximum. Guided maps are shown in one of two ways: in colour
-(mean 0, standard deviation 0.1, plus 0.5, clipped), or as one channel (summed over the channels, of the asked sign,
-scaled at the value below which 98 % of the total attribution lies, as Captum's `outlier_perc=2`). The scale stands
-under every map, and a map of zeros is shown as such, never amplified.
+A CAM is laid over the photo, each map over its own maximum. Guided maps, and the other gradients, are shown in one of
+two ways: in colour (mean 0, standard deviation 0.1, plus 0.5, clipped), or as one channel (summed over the channels, of
+the asked sign, scaled at the value below which 98 % of the total attribution lies, as Captum's `outlier_perc=2`). The
+scale stands under every map, and a map of zeros is shown as such, never amplified.
 """
 
 import io
@@ -27,9 +27,14 @@ SHOWN = 0.98
 
 HEADINGS = {
     contract.GRADCAM: "Grad-CAM",
+    contract.HIRESCAM: "HiResCAM",
+    contract.LAYERCAM: "LayerCAM",
+    contract.GRADCAM_PLUSPLUS: "Grad-CAM++",
+    contract.XGRADCAM: "XGrad-CAM",
     contract.GUIDED_BACKPROP: "Guided Backpropagation",
     contract.GUIDED_GRADCAM: "Guided Grad-CAM",
     contract.SALIENCY: "Saliency",
+    contract.INPUT_X_GRADIENT: "Input x Gradient",
     contract.DECONVNET: "DeconvNet",
 }
 """The maps in the order of a panel."""
@@ -97,7 +102,7 @@ def _outlier_threshold(magnitudes: np.ndarray) -> float:
 
 
 def overlay(photo: np.ndarray, cam: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    """Grad-CAM [H, W] over its own maximum, in colour over the photo, float [H, W, 3], in grey.
+    """A CAM [H, W] over its own maximum, in colour over the photo, float [H, W, 3], in grey.
 
     A map with negative values (`relu_attributions=False`) goes over its largest magnitude, in diverging colours.
     """
@@ -130,7 +135,7 @@ def tiles(
 
     Args:
         photo: uint8 [H, W, 3], RGB, as the model sees it.
-        maps: by method, or by role where a method has several, float [H, W, C] ([H, W, 1] for Grad-CAM).
+        maps: by method, or by role where a method has several, float [H, W, C] ([H, W, 1] for a CAM).
         style: of the guided maps; "auto" is colour where they have 1 or 3 channels, else absolute.
         channels: the order of the model's colour channels, "RGB" or "BGR".
 
@@ -142,7 +147,7 @@ def tiles(
     order = list(HEADINGS)
     for role in sorted(maps, key=lambda role: order.index(contract.method_of(role))):
         method, _, of = role.partition("/")
-        is_cam = method == contract.GRADCAM
+        is_cam = method in contract.CAMS
         tile = _cam_tile(light, maps[role]) if is_cam else _guided_tile(maps[role], style, channels)
         drawn.append(replace(tile, heading=f"{HEADINGS[method]} {of}".rstrip(), method=role))
     return drawn

@@ -32,9 +32,10 @@ class Result:
             own at every position).
         target_score: float32 [N], the score S that was differentiated.
         outputs: the model's own outputs by name.
-        maps: float32 arrays by method. `saliency`, `guided_backprop`, `deconvnet` and `guided_gradcam` have the
-            images' shape, in units of score per unit of the image (times Grad-CAM's for the last); `gradcam` has one
-            channel; `gradcam_features` and `gradcam_gradients` are the target layer's A and dS/dA.
+        maps: float32 arrays by method. Of the CAMs (`gradcam`, `hirescam`, ...) each has one channel; the others have
+            the images' shape, in units of score per unit of the image, of score for `input_x_gradient`, and times
+            Grad-CAM's for `guided_gradcam`; `gradcam_features` and `gradcam_gradients` are the target layer's A and
+            dS/dA.
         manifest: what the converted file says of itself.
     """
 

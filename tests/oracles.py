@@ -54,7 +54,22 @@ def runs(network: nn.Module, kinds: tuple[type[nn.Module], ...], images: Tensor)
 
 
 def cam_of(features: Tensor, gradients: Tensor) -> Tensor:
-    return (features * gradients.mean((2, 3), keepdim=True)).sum(1, keepdim=True)
+    return cams_of(features, gradients)["gradcam"]
+
+
+def cams_of(features: Tensor, gradients: Tensor) -> Maps:
+    """The CAM family as its papers write it, [N, 1, *positions], without ReLU; channels on axis 1, for double."""
+    axes = tuple(range(2, features.ndim))
+    total = features.sum(axes, keepdim=True)
+    alpha = gradients**2 / (2 * gradients**2 + total * gradients**3)
+    weights = {
+        "gradcam": gradients.mean(axes, keepdim=True),
+        "hirescam": gradients,
+        "layercam": gradients.relu(),
+        "gradcam_plusplus": torch.where(gradients != 0, alpha * gradients.relu(), 0).sum(axes, keepdim=True),
+        "xgradcam": torch.where(total != 0, gradients * features / total, 0).sum(axes, keepdim=True),
+    }
+    return {method: (weight * features).sum(1, keepdim=True) for method, weight in weights.items()}
 
 
 def captum_maps(layer: str) -> MapsOf:
@@ -66,6 +81,7 @@ def captum_maps(layer: str) -> MapsOf:
         images = images.clone().requires_grad_()
         found = {
             "saliency": captum.attr.Saliency(network).attribute(images, targets, abs=False),
+            "input_x_gradient": captum.attr.InputXGradient(network).attribute(images, targets),
             "guided_backprop": captum.attr.GuidedBackprop(network).attribute(images, targets),
             "deconvnet": captum.attr.Deconvolution(network).attribute(images, targets),
             "cam": captum.attr.LayerGradCam(network, at).attribute(images, targets),
@@ -87,6 +103,7 @@ def hook_maps(layer: str) -> MapsOf:
         guided = gradient(with_rectifiers(network, GuidedRectifier), images, targets)
         return {
             "saliency": gradient(network, images, targets),
+            "input_x_gradient": images * gradient(network, images, targets),
             "guided_backprop": guided,
             "deconvnet": gradient(with_rectifiers(network, DeconvRectifier), images, targets),
             "cam": cam,

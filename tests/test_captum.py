@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphgbp
+from graphgbp import contract
 from tests import networks
 from tests.maps import assert_maps_equal, explain, relative_l2
-from tests.oracles import Samples, captum_maps, gradient, hook_maps, runs, settled_samples
+from tests.oracles import Samples, cams_of, captum_maps, gradient, hook_maps, runs, settled_samples
 from tests.rules.harness import run
 
 SIZES = ((64, 64), (80, 56), (47, 65))
@@ -71,9 +72,11 @@ def resized(cam: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
 
 def as_captum(found: Samples) -> dict[str, np.ndarray]:
     """The maps as Captum gives them: Grad-CAM resized by its default, and cut by its ReLU as in its Guided Grad-CAM."""
-    maps = dict(found.maps)
-    cam = np.maximum(maps.pop("cam"), 0)
-    return {**maps, "gradcam": resized(cam, found.images.shape[2:], "nearest")}
+    size, maps = found.images.shape[2:], dict(found.maps)
+    maps["gradcam"] = resized(np.maximum(maps.pop("cam"), 0), size, "nearest")
+    for method, cam in cams_of(*(torch.from_numpy(maps[name]) for name in contract.LAYER_OUTPUTS)).items():
+        maps.setdefault(method, resized(cam.relu().numpy(), size, "nearest"))
+    return maps
 
 
 @pytest.mark.parametrize(("architecture", "exporter"), CASES)
@@ -204,11 +207,7 @@ def test_a_relu_in_other_clothing_has_the_relus_maps(relu, exporter, clothing):
     architecture = "squeezenet"
     size = sizes(architecture, exporter)[-1]
     found = samples(architecture, size)
-    model = graphgbp.convert(
-        exported(architecture, exporter, relu),
-        ["saliency", "guided_backprop", "deconvnet", "gradcam", "guided_gradcam"],
-        interpolate_mode="nearest",
-    )
+    model = graphgbp.convert(exported(architecture, exporter, relu), contract.METHODS, interpolate_mode="nearest")
     assert {rectifier["clothing"] for rectifier in rectifiers_of(model)} == {clothing}
     got = run(model, {"image": found.images, "target": found.targets})
     assert_maps_equal(got, as_captum(found), f"{relu} {exporter}")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -150,13 +151,30 @@ def test_any_subset_of_methods_gives_the_same_maps(explained, methods):
     some, every = run(graphgbp.convert(MODEL, methods), feeds), run(explained, feeds)
     for method in methods:
         assert np.abs(some[method] - every[method]).max() <= 1e-5 * np.abs(every[method]).max()
-    assert ("gradcam_features" in some) == ("gradcam" in methods)
+    assert ("gradcam_features" in some) == (not set(methods).isdisjoint(contract.CAMS))
 
 
 def test_a_file_with_one_method_holds_no_other(source):
     saliency, everything = (len(appended(graphgbp.convert(MODEL, m), source)) for m in (["saliency"], ALL))
     gradcam = len(appended(graphgbp.convert(MODEL, ["gradcam"]), source))
     assert gradcam < 40 < saliency < everything
+
+
+def test_the_cams_share_one_backward_pass(source):
+    """Each brings the nodes of its own head and no other's."""
+
+    def scopes(methods):
+        return Counter(node.name.split("/")[1] for node in appended(graphgbp.convert(MODEL, methods), source))
+
+    alone = scopes(["gradcam"])
+    for methods in ([*contract.CAMS], *([cam] for cam in contract.CAMS)):
+        found = scopes(methods)
+        assert set(found) == {"target", "gradient", "output", *methods}
+        assert found["gradient"] == alone["gradient"] and found["target"] == alone["target"]
+    saliency = scopes(["saliency"])
+    found = scopes(["saliency", "input_x_gradient", *contract.CAMS])
+    assert found["gradient"] == saliency["gradient"] and found["input_x_gradient"] == 1
+    assert set(scopes(["input_x_gradient"])) == {*saliency, "input_x_gradient"}
 
 
 def test_public_names_give_way_to_the_models_own():

@@ -25,7 +25,7 @@ from tests.maps import assert_maps_equal
 from tests.oracles import (
     DeconvRectifier,
     GuidedRectifier,
-    cam_of,
+    cams_of,
     distance,
     gradient,
     layer_values,
@@ -107,14 +107,19 @@ def torch_maps(open_units: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
     """Torch's maps in float64."""
     images, targets = torch.from_numpy(photos()).double(), torch.from_numpy(TARGETS)
     features, gradients = layer()
-    resized = F.interpolate(cam_of(features, gradients).relu(), (224, 224), mode="bilinear")
+    cams = {
+        method: F.interpolate(cam.relu(), (224, 224), mode="bilinear")
+        for method, cam in cams_of(features, gradients).items()
+    }
+    saliency = gradient(with_sides(exact(), open_units, guided=False), images, targets)
     guided = gradient(with_sides(exact(), open_units, guided=True), images, targets)
     maps = {
-        "saliency": gradient(with_sides(exact(), open_units, guided=False), images, targets),
+        "saliency": saliency,
+        "input_x_gradient": images * saliency,
         "guided_backprop": guided,
         "deconvnet": deconvnet(),
-        "gradcam": resized,
-        "guided_gradcam": guided * resized,
+        **cams,
+        "guided_gradcam": guided * cams["gradcam"],
         "gradcam_features": features,
         "gradcam_gradients": gradients,
     }

@@ -18,6 +18,7 @@ from graphgbp import (
     ModelFileError,
     RequestError,
     TargetError,
+    contract,
 )
 from tests.build import drawn, model, small_cnn
 from tests.scores import run
@@ -210,16 +211,20 @@ def test_nothing_is_left_behind(source, images):
         (graphgbp.Saliency, "saliency"),
         (graphgbp.GuidedBackprop, "guided_backprop"),
         (graphgbp.DeconvNet, "deconvnet"),
+        (graphgbp.InputXGradient, "input_x_gradient"),
         (graphgbp.GradCAM, "gradcam"),
+        (graphgbp.HiResCAM, "hirescam"),
+        (graphgbp.LayerCAM, "layercam"),
+        (graphgbp.GradCAMPlusPlus, "gradcam_plusplus"),
+        (graphgbp.XGradCAM, "xgradcam"),
         (graphgbp.GuidedGradCAM, "guided_gradcam"),
     ],
 )
 def test_one_liners(source, images, one_liner, method):
-    every = ["saliency", "guided_backprop", "deconvnet", "gradcam", "guided_gradcam"]
-    expected = Explainer(source, every, device="cpu").explain(images, [1, 0, 3]).maps[method]
+    expected = Explainer(source, contract.METHODS, device="cpu").explain(images, [1, 0, 3]).maps[method]
     tool = one_liner(source, device="cpu", batch_size=2)
     np.testing.assert_allclose(tool.explain(images, [1, 0, 3]), expected, atol=1e-6)
-    assert tool.explain(images).shape == ((3, 1, 8, 8) if method == "gradcam" else images.shape)
+    assert tool.explain(images).shape == ((3, 1, 8, 8) if method in contract.CAMS else images.shape)
     assert list(tool.explainer.manifest.methods) == [method]
 
 

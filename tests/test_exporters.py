@@ -23,6 +23,7 @@ from tests.build import drawn
 from tests.finite_differences import random_direction, sweep
 from tests.float64 import Float64Model
 from tests.maps import assert_maps_equal
+from tests.oracles import cams_of
 
 MODELS = Path(__file__).parent.parent / "models"
 RELU, RELU6 = float("inf"), 6.0
@@ -43,7 +44,7 @@ class File:
 
     @property
     def methods(self) -> list[str]:
-        return list(contract.METHODS) if self.layer else ["saliency", "guided_backprop", "deconvnet"]
+        return [method for method in contract.METHODS if self.layer or method not in contract.LAYER_METHODS]
 
 
 KERAS = "functional_1_1"
@@ -136,14 +137,14 @@ def expected_maps(file: File) -> dict[str, np.ndarray]:
     plain = score_of(file, keep=[file.layer] if file.layer else [])
     score = plain(x)
     found["saliency"] = torch.autograd.grad(score, x, retain_graph=True)[0]
+    found["input_x_gradient"] = x * found["saliency"]
     if file.layer:
         features = plain.model.values[file.layer]
         gradients = torch.autograd.grad(score, features)[0]
-        places = [axis for axis in (1, 2, 3) if axis != file.channel_axis]
-        raw = (features * gradients.mean(places, keepdim=True)).sum(file.channel_axis)
         size = [length for length in file.shape if length != 3]
-        cam = F.interpolate(raw.relu()[:, None], size, mode="bilinear").squeeze(1)
-        found["gradcam"] = cam.unsqueeze(1 + file.shape.index(3))
+        for method, raw in cams_of(*(value.movedim(file.channel_axis, 1) for value in (features, gradients))).items():
+            cam = F.interpolate(raw.relu(), size, mode="bilinear").squeeze(1)
+            found[method] = cam.unsqueeze(1 + file.shape.index(3))
         found["guided_gradcam"] = found["guided_backprop"] * found["gradcam"]
         found |= {"gradcam_features": features, "gradcam_gradients": gradients}
     return {name: value.detach().numpy() for name, value in found.items()}

@@ -23,7 +23,8 @@ FLOORS = [
     ["layers"],
     ["features"],
     ["score"],
-    ["target", "heads"],
+    ["target", "cams"],
+    ["heads"],
     ["options"],
     ["analysis"],
     ["maps"],
@@ -33,6 +34,7 @@ FLOORS = [
     ["recipe", "picture"],
     ["result"],
     ["explainer", "verification"],
+    ["methods"],
     ["cli"],
     ["__main__"],
 ]

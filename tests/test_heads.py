@@ -1,4 +1,4 @@
-"""Grad-CAM along one, two and three directions, and the mean over layers, against torch and numpy."""
+"""CAMs along one, two and three directions, and the mean over layers, against torch and numpy."""
 
 import numpy as np
 import onnx
@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 
 import graphgbp
+from graphgbp import contract
 from graphgbp.analysis import Analysis
 from graphgbp.kernels import missing_kernels
 from graphgbp.prepare import prepare
 from tests.build import drawn, model, small_cnn
 from tests.maps import assert_maps_equal
+from tests.oracles import cams_of
 from tests.rules.harness import run
 
 LAYOUTS = {1: ("NCW", "NWC"), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
@@ -44,13 +46,11 @@ def network(directions: int, last: bool = False, opset: int = 18, open_sizes: bo
     return model(nodes, {"x": shape}, ["y"], weights, opset=opset)
 
 
-def enlarged(got: dict[str, np.ndarray], size: tuple[int, ...], mode: str) -> np.ndarray:
-    """Grad-CAM of the features and gradients that are put out, in torch."""
-    features, gradients = (torch.from_numpy(got[f"gradcam_{kind}"]).double() for kind in ("features", "gradients"))
-    alpha = gradients.mean(tuple(range(2, gradients.ndim)), keepdim=True)
-    cam = (alpha * features).sum(1, keepdim=True)
+def enlarged(got: dict[str, np.ndarray], size: tuple[int, ...], mode: str) -> dict[str, np.ndarray]:
+    """The CAM family of the features and gradients that are put out, in torch."""
+    cams = cams_of(*(torch.from_numpy(got[name]).double() for name in contract.LAYER_OUTPUTS))
     options = {} if mode == "nearest" else {"align_corners": False}
-    return F.interpolate(cam, size, mode=mode, **options).numpy()
+    return {method: F.interpolate(cam, size, mode=mode, **options).numpy() for method, cam in cams.items()}
 
 
 @pytest.mark.parametrize("opset", [16, 18])
@@ -63,11 +63,13 @@ def test_maps_of_sequences_pictures_and_volumes(directions, last, mode, opset):
     size = SIZES[:directions]
     x = drawn(2, 3, *size, seed=4)
     feeds = {"x": np.moveaxis(x, 1, -1) if last else x, "target": np.array([3, 1])}
-    got = run(graphgbp.convert(made, ["gradcam"], interpolate_mode=mode, relu_attributions=False), feeds)
+    got = run(graphgbp.convert(made, contract.CAMS, interpolate_mode=mode, relu_attributions=False), feeds)
     expected = enlarged(got, size, LINEAR[directions] if mode == "bilinear" else mode)
-    assert got["gradcam"].shape == ((2, *size, 1) if last else (2, 1, *size))
-    assert_maps_equal(got, {"gradcam": np.moveaxis(expected, 1, -1) if last else expected}, f"{directions} {mode}")
-    assert (got["gradcam"] < 0).any()
+    for method, cam in expected.items():
+        assert got[method].shape == ((2, *size, 1) if last else (2, 1, *size))
+        expected[method] = np.moveaxis(cam, 1, -1) if last else cam
+    assert_maps_equal(got, expected, f"{directions} {mode}")
+    assert (got["gradcam"] < 0).any() and (got["hirescam"] < 0).any()
 
 
 @pytest.mark.parametrize("provider", ["CPUExecutionProvider", "CUDAExecutionProvider"])
@@ -75,19 +77,16 @@ def test_maps_of_sequences_pictures_and_volumes(directions, last, mode, opset):
 @pytest.mark.parametrize("directions", [1, 2, 3])
 def test_what_is_appended_has_kernels(directions, mode, provider):
     source = network(directions, open_sizes=True)
-    made = graphgbp.convert(source, ["gradcam"], interpolate_mode=mode)
+    made = graphgbp.convert(source, contract.CAMS, interpolate_mode=mode)
     assert not missing_kernels(provider, made, list(made.graph.node[len(source.graph.node) :]))
 
 
 @pytest.mark.parametrize("directions", [1, 3])
 def test_open_sizes(directions):
-    made = graphgbp.convert(
-        network(directions, open_sizes=True), ["gradcam", "guided_gradcam"], relu_attributions=False
-    )
+    made = graphgbp.convert(network(directions, open_sizes=True), contract.LAYER_METHODS, relu_attributions=False)
     for size in (SIZES, tuple(2 * size for size in SIZES)):
         got = run(made, {"x": drawn(2, 3, *size[:directions], seed=5), "target": np.array([2])})
-        expected = enlarged(got, size[:directions], LINEAR[directions])
-        assert_maps_equal(got, {"gradcam": expected}, str(size))
+        assert_maps_equal(got, enlarged(got, size[:directions], LINEAR[directions]), str(size))
         assert got["guided_gradcam"].shape == (2, 3, *size[:directions])
 
 
@@ -150,14 +149,15 @@ def test_the_mean_over_layers_is_pytorch_grad_cams(size):
     made, layers = small_cnn(size=size), ["r1", "b", "r2"]
     feeds = {"x": drawn(3, 3, size, size), "target": np.array([1])}
     each = run(graphgbp.convert(made, ["gradcam"], target_layer=layers), feeds)
-    enlarged_cams = []
+    enlarged_cams = {method: [] for method in contract.CAMS}
     for layer in layers:
-        features, gradients = (each[f"gradcam_{kind}/{layer}"].astype(np.float64) for kind in ("features", "gradients"))
-        cam = np.maximum((gradients.mean((2, 3), keepdims=True) * features).sum(1, keepdims=True), 0)
-        cam = torch.from_numpy(scaled(cam))
-        enlarged_cams.append(F.interpolate(cam, (size, size), mode="bilinear", align_corners=False).numpy())
-    expected = scaled(np.mean(enlarged_cams, axis=0))
-    got = run(graphgbp.convert(made, ["gradcam", "guided_gradcam"], target_layer=layers, aggregate="mean"), feeds)
-    np.testing.assert_allclose(got["gradcam"], expected, atol=1e-5)
+        values = (torch.from_numpy(each[f"{name}/{layer}"]).double() for name in contract.LAYER_OUTPUTS)
+        for method, cam in cams_of(*values).items():
+            cam = torch.from_numpy(scaled(cam.relu().numpy()))
+            cam = F.interpolate(cam, (size, size), mode="bilinear", align_corners=False).numpy()
+            enlarged_cams[method].append(cam)
+    got = run(graphgbp.convert(made, contract.LAYER_METHODS, target_layer=layers, aggregate="mean"), feeds)
+    for method, cams in enlarged_cams.items():
+        np.testing.assert_allclose(got[method], scaled(np.mean(cams, axis=0)), atol=1e-5, err_msg=method)
     guided = run(graphgbp.convert(made, ["guided_backprop"]), feeds)["guided_backprop"]
     np.testing.assert_allclose(got["guided_gradcam"], guided * got["gradcam"], rtol=1e-4, atol=1e-6)

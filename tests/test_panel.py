@@ -6,7 +6,7 @@ import pytest
 from captum.attr import visualization
 from PIL import Image
 
-from graphgbp import panel
+from graphgbp import contract, panel
 from graphgbp.errors import RequestError
 
 
@@ -101,13 +101,13 @@ def test_the_cam_lies_over_the_photo():
 
 
 @pytest.mark.parametrize("style", panel.STYLES)
-@pytest.mark.parametrize("method", ["gradcam", "guided_backprop", "guided_gradcam"])
+@pytest.mark.parametrize("method", ["gradcam", "gradcam_plusplus", "input_x_gradient", "guided_backprop"])
 def test_an_all_zero_map_says_so_and_is_not_amplified(method, style):
-    values = np.zeros((12, 15, 1 if method == "gradcam" else 3), np.float32)
+    values = np.zeros((12, 15, 1 if method in contract.CAMS else 3), np.float32)
     tile = tile_of(method, values, style=style)
     assert tile.stamp == panel.ALL_ZERO and tile.bar is None
     assert not any(tile.scale.values())
-    if method != "gradcam":
+    if method not in contract.CAMS:
         assert np.ptp(tile.pixels.reshape(-1, 3), axis=0).max() == 0
 
 
@@ -146,9 +146,11 @@ def test_styles():
 
 def test_the_order_of_a_panel():
     values = attribution()
-    maps = {"saliency": values, "guided_gradcam": values, "gradcam": values[..., :1], "guided_backprop": values}
+    maps = {method: values[..., :1] if method in contract.CAMS else values for method in contract.METHODS}
     headings = [tile.heading for tile in panel.tiles(photo(), maps)]
-    assert headings == ["Photo", "Grad-CAM", "Guided Backpropagation", "Guided Grad-CAM", "Saliency"]
+    cams = ["Grad-CAM", "HiResCAM", "LayerCAM", "Grad-CAM++", "XGrad-CAM"]
+    guided = ["Guided Backpropagation", "Guided Grad-CAM"]
+    assert headings == ["Photo", *cams, *guided, "Saliency", "Input x Gradient", "DeconvNet"]
 
 
 @pytest.mark.parametrize("size", [(28, 28), (48, 192), (192, 48)])

@@ -11,7 +11,7 @@ import pytest
 from onnx.external_data_helper import convert_model_to_external_data
 
 import graphgbp
-from graphgbp import runtime
+from graphgbp import contract, runtime
 from graphgbp.errors import DeviceError, GraphgbpError, ModelFileError, RequestError, TargetError
 from graphgbp.runtime import Device, Session, cuda_obstacle, parse_device
 from tests.build import drawn, model, small_cnn
@@ -315,8 +315,7 @@ def test_the_cpu_needs_no_note(converted):
 @pytest.mark.cuda
 @pytest.mark.parametrize("mode", ["required", "weights"])
 def test_cuda_gives_the_cpus_maps(mode):
-    methods = ["saliency", "guided_backprop", "deconvnet", "gradcam", "guided_gradcam"]
-    content = graphgbp.convert(small_cnn(SOFTMAX), methods, target=mode).SerializeToString()
+    content = graphgbp.convert(small_cnn(SOFTMAX), contract.METHODS, target=mode).SerializeToString()
     images = drawn(3, 3, 8, 8, seed=11)
     target = classes(0, -1, 4) if mode == "required" else drawn(3, 5, seed=12)
     cuda, cpu = Session(content, device="cuda"), Session(content, device="cpu")

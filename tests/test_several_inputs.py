@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import graphgbp
+from graphgbp import contract
 from tests.build import drawn, model
 
 WEIGHTS = {
@@ -42,16 +43,19 @@ def torch_maps(target):
 
 
 def test_every_float_input_is_explained(source):
-    explainer = graphgbp.Explainer(source, ["saliency", "guided_backprop", "gradcam", "guided_gradcam"], device="cpu")
+    explainer = graphgbp.Explainer(source, contract.METHODS, device="cpu")
     result = explainer.explain(FEEDS, 2)
     saliency, guided, cam = torch_maps(2)
     for name, expected in zip(INPUTS, saliency, strict=True):
         np.testing.assert_allclose(result.maps[f"saliency/{name}"], expected.numpy(), rtol=1e-4, atol=1e-6)
+        product = FEEDS[name] * expected.numpy()
+        np.testing.assert_allclose(result.maps[f"input_x_gradient/{name}"], product, rtol=1e-4, atol=1e-6)
     for name, expected in zip(("left", "right"), guided, strict=True):
         np.testing.assert_allclose(result.maps[f"guided_backprop/{name}"], expected.numpy(), rtol=1e-4, atol=1e-6)
         product = (expected * cam).numpy()
         np.testing.assert_allclose(result.maps[f"guided_gradcam/{name}"], product, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(result.gradcam, cam.numpy(), rtol=1e-4, atol=1e-6)
+    for method in ("gradcam", "hirescam", "xgradcam"):  # the gradient at `r` is the same at every position
+        np.testing.assert_allclose(result.maps[method], cam.numpy(), rtol=1e-4, atol=1e-6)
     assert "guided_gradcam/meta" not in result.maps
     assert [entry["name"] for entry in explainer.manifest.inputs] == ["left", "right", "meta"]
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import graphgbp
+from graphgbp import contract
 from graphgbp.analysis import Analysis
 from graphgbp.model_file import read_manifest
 from graphgbp.prepare import prepare
@@ -24,7 +25,7 @@ from tests.transformers import (
     ViT,
     drawn,
     enlarged,
-    hooked_cam,
+    hooked_cams,
 )
 
 # torch's tracer warns of every size that a network asks for
@@ -81,10 +82,13 @@ def test_auto_is_the_last_norm_before_attention(name, exporter, opset):
     """pytorch-grad-cam's choice for ViT and Swin; layer normalization is an operator from opset 17 on."""
     _, layer, others, grid = NETWORKS[name]
     model, x = exported(name, exporter, opset), images(name)
-    cam = hooked_cam(network(name), layer(network(name)), x, TARGET, others, grid)
-    got = explain(model, x.numpy(), np.array([TARGET]), ["gradcam"], relu_attributions=False)
-    expected = nn.functional.interpolate(cam, tuple(x.shape[2:]), mode="bilinear")
-    assert_maps_equal(got, {"gradcam": expected.numpy()}, f"{name} {exporter} {opset}")
+    cams = hooked_cams(network(name), layer(network(name)), x, TARGET, others, grid)
+    got = explain(model, x.numpy(), np.array([TARGET]), contract.CAMS, relu_attributions=False)
+    size = tuple(x.shape[2:])
+    expected = {method: nn.functional.interpolate(cam, size, mode="bilinear").numpy() for method, cam in cams.items()}
+    divided = {"xgradcam": expected.pop("xgradcam")}  # by the sum of normalized values, of which little may be left
+    assert_maps_equal(got, expected, f"{name} {exporter} {opset}")
+    assert_maps_equal(got, divided, f"{name} {exporter} {opset}", 1e-3)
 
 
 MODULES = {
@@ -136,10 +140,11 @@ def test_a_layer_is_refused_where_its_positions_have_no_gradient_and_only_there(
 def test_a_layer_of_tokens_asked_for_by_name(node):
     name, op = "deit", "LayerNormalization" if node == "norm2" else "Add"
     net, x = network(name), images(name)
-    cam = hooked_cam(net, net.blocks[0].get_submodule(node.replace("mlp/", "")), x, TARGET, 2, (4, 3))
+    cams = hooked_cams(net, net.blocks[0].get_submodule(node.replace("mlp/", "")), x, TARGET, 2, (4, 3))
     model = exported(name, "torchscript", 18)
-    got = explain(model, x.numpy(), np.array([TARGET]), ["gradcam"], target_layer=f"/blocks/blocks.0/{node}/{op}")
-    assert_maps_equal(got, {"gradcam": enlarged(cam, SIZE).numpy()}, node)
+    layer = f"/blocks/blocks.0/{node}/{op}"
+    got = explain(model, x.numpy(), np.array([TARGET]), contract.CAMS, target_layer=layer)
+    assert_maps_equal(got, {method: enlarged(cam, SIZE).numpy() for method, cam in cams.items()}, node)
 
 
 def layers_of(model: onnx.ModelProto) -> list[dict[str, Any]]:
@@ -164,9 +169,9 @@ def test_the_grid_of_an_open_image_size():
     model = export(net, torch.zeros(2, 3, *SIZE), "torchscript")
     for size, grid in (((32, 24), (4, 3)), ((16, 40), (2, 5))):
         x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
-        cam = hooked_cam(net, net.blocks[-1].norm1, x, TARGET, 1, grid)
-        got = explain(model, x.numpy(), np.array([TARGET]), ["gradcam"])
-        assert_maps_equal(got, {"gradcam": enlarged(cam, size).numpy()}, str(size))
+        cams = hooked_cams(net, net.blocks[-1].norm1, x, TARGET, 1, grid)
+        got = explain(model, x.numpy(), np.array([TARGET]), contract.CAMS)
+        assert_maps_equal(got, {method: enlarged(cam, size).numpy() for method, cam in cams.items()}, str(size))
 
 
 class Shuffled(ViT):

@@ -1,10 +1,13 @@
 """Small vision transformers in torch, written as the well-known ones are, every parameter drawn."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tests.oracles import cams_of
 
 CLASSES = 5
 
@@ -197,17 +200,18 @@ def drawn(network: nn.Module, seed: int = 0) -> nn.Module:
     return network.eval()
 
 
-def hooked_cam(
+def hooked_cams(
     network: nn.Module, layer: nn.Module, images: Tensor, target: int, others: int, grid: Sequence[int]
-) -> Tensor:
-    """Grad-CAM [N, 1, *grid] before its ReLU, by torch's hooks: the weights are means over the positions."""
+) -> dict[str, Tensor]:
+    """The CAM family [N, 1, *grid] before its ReLU, by torch's hooks, in double: the tokens in front are no positions."""
+    network, layer = copy.deepcopy((network, layer))
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    score = network(images)[:, target].sum()
+    score = network.double()(images.double())[:, target].sum()
     handle.remove()
     (gradient,) = torch.autograd.grad(score, seen[0])
-    features, gradient = (x.reshape(len(images), -1, x.shape[-1])[:, others:] for x in (seen[0], gradient))
-    return (features * gradient.mean(1, keepdim=True)).sum(-1).reshape(len(images), 1, *grid).detach()
+    tokens = (x.detach().reshape(len(images), -1, x.shape[-1])[:, others:] for x in (seen[0], gradient))
+    return cams_of(*(x.mT.unflatten(2, tuple(grid)) for x in tokens))
 
 
 def enlarged(cam: Tensor, size: Sequence[int]) -> Tensor:
