@@ -86,9 +86,16 @@ def test_auto_is_the_last_norm_before_attention(name, exporter, opset):
     got = explain(model, x.numpy(), np.array([TARGET]), contract.CAMS, relu_attributions=False)
     size = tuple(x.shape[2:])
     expected = {method: nn.functional.interpolate(cam, size, mode="bilinear").numpy() for method, cam in cams.items()}
-    divided = {"xgradcam": expected.pop("xgradcam")}  # by the sum of normalized values, of which little may be left
+    divided = {"xgradcam": expected.pop("xgradcam")}
     assert_maps_equal(got, expected, f"{name} {exporter} {opset}")
-    assert_maps_equal(got, divided, f"{name} {exporter} {opset}", 1e-3)
+    assert_maps_equal(got, divided, f"{name} {exporter} {opset}", max(1e-4, 1e-6 * cancelled(got, others)))
+
+
+def cancelled(got: dict[str, np.ndarray], others: int) -> float:
+    """How much larger than its sum over the positions, by which XGrad-CAM divides, a channel is; 1 without signs."""
+    features = got["gradcam_features"].astype(np.float64)
+    tokens = features.reshape(len(features), -1, features.shape[-1])[:, others:]
+    return float((np.abs(tokens).sum(1) / np.abs(tokens.sum(1))).max())
 
 
 MODULES = {

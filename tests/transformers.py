@@ -203,7 +203,7 @@ def drawn(network: nn.Module, seed: int = 0) -> nn.Module:
 def hooked_cams(
     network: nn.Module, layer: nn.Module, images: Tensor, target: int, others: int, grid: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The CAM family [N, 1, *grid] before its ReLU, by torch's hooks, in double: the tokens in front are no positions."""
+    """The CAMs [N, 1, *grid] before their ReLU, by torch's hooks, in double: the tokens in front are no positions."""
     network, layer = copy.deepcopy((network, layer))
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
