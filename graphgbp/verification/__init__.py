@@ -7,10 +7,11 @@ forward         the file gives the outputs of its source
 score           target_score and target_class are those of the source's scores
 target guard    targets out of range fail
 gradient        the plain gradient equals central differences of the source, in double precision
-layer gradient  the same for Grad-CAM's target layers
+layer gradient  the same for the target layers
 rectifiers      the manifest lists those of the source
 masks           each rectifier is masked, in the graph and in numbers
-grad-cam        features, Grad-CAM and Guided Grad-CAM are as worked out again in numpy
+input x gradient    the inputs times that gradient
+grad-cam        features, the CAMs and Guided Grad-CAM are as worked out again in numpy
 kernels         every appended node has one in ONNX Runtime, on the CPU and on CUDA
 
 A check that cannot be made is said to be unchecked, never passed.
@@ -22,7 +23,7 @@ from graphgbp import contract
 from graphgbp.errors import GraphgbpError
 from graphgbp.smooth import Activation
 from graphgbp.source import ModelLike
-from graphgbp.verification.cams import check_cams
+from graphgbp.verification.cams import check_cams, check_input_x_gradient
 from graphgbp.verification.forward import check_forward, check_score
 from graphgbp.verification.gradient import check_gradients, check_masked_gradient
 from graphgbp.verification.integrity import check_appended, check_fingerprint, check_guard, check_manifest, check_names
@@ -62,7 +63,7 @@ def _checks(subject: Subject) -> Iterator[Check]:
     yield from check_gradients(subject)
     if subject.manifest.kind == "explanation":
         yield from _check_policies(subject)
-        yield from (check for check in (check_cams(subject),) if check)
+        yield from (check for check in (check_input_x_gradient(subject), check_cams(subject)) if check)
     yield from check_kernels(subject)
 
 

@@ -1,6 +1,11 @@
-"""Are Grad-CAM and Guided Grad-CAM put together as published? Worked out again from what the file gives out."""
+"""Are the CAMs, Guided Grad-CAM and Input x Gradient put together as published? Worked out again in numpy.
 
-from collections.abc import Iterator, Sequence
+The CAMs' weights stand here as their papers write them. One that divides by what all but cancels is as uncertain as its
+features are, in float32: as far as rounding those moves it, the file's may be off.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -21,41 +26,79 @@ _MODES = {
     "nearest": {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
 }
 _STABLE = 1e-7  # pytorch-grad-cam's
+_SLACK = 30  # times as far as rounding moves a map
 
 
 class _Unknown(Exception):
     """A layout that is not worked out again."""
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A tensor as the file gives it, as it should be, and how far off it may be, of the largest value."""
+
+    what: str
+    found: np.ndarray
+    expected: np.ndarray
+    tolerance: float = _TOLERANCE
+
+
 def check_cams(subject: Subject) -> Check | None:
-    """Features, Grad-CAM and Guided Grad-CAM; None where the file holds none of them."""
+    """Features, the CAMs and Guided Grad-CAM; None where the file holds none of them."""
     name, manifest = "grad-cam", subject.manifest
-    if not set(manifest.methods) & {contract.GRADCAM, contract.GUIDED_GRADCAM}:
+    methods = set(manifest.methods)
+    if methods.isdisjoint(contract.LAYER_METHODS):
         return None
     if subject.obstacle:
         return unchecked(name, subject.obstacle)
-    if contract.GRADCAM not in manifest.methods:
+    if methods.isdisjoint(contract.CAMS):
         return unchecked(name, "the file does not give out the layer's features and gradients (methods: gradcam)")
-    maps = masked_maps(subject, GUIDED) if contract.GUIDED_GRADCAM in manifest.methods else {}
+    maps = masked_maps(subject, GUIDED) if contract.GUIDED_GRADCAM in methods else {}
     try:
         wanted = [*manifest.names.values(), *maps.values()]
         values = outputs_of(part_for(subject.file, _outputs_among(subject, wanted)), _feeds(subject))
         layers = [entry["tensor"] for entry in manifest.target_layers]
         primal = outputs_of(part_for(subject.graph, layers), subject.point)
-        pairs = list(_pairs(subject, values, primal, maps))
+        return _compared(name, list(_pairs(subject, values, primal, maps)))
     except RunError as error:
         return failed(name, f"ONNX Runtime does not run the file: {error}")
     except _Unknown as reason:
         return unchecked(name, str(reason))
+
+
+def check_input_x_gradient(subject: Subject) -> Check | None:
+    """Each explained input times its gradient; None where the file does not hold it."""
+    name = "input x gradient"
+    gradients, products = subject.gradients, subject.by_input(contract.INPUT_X_GRADIENT)
+    if not products:
+        return None
+    if subject.obstacle:
+        return unchecked(name, subject.obstacle)
+    try:
+        part = part_for(subject.file, [*products.values(), *gradients.values()])
+        values = outputs_of(part, _feeds(subject))
+    except RunError as error:
+        return failed(name, f"ONNX Runtime does not run the file: {error}")
+    wide = {x: subject.point[x].astype(np.float64) for x in products}
+    return _compared(name, [_Pair(y, values[y], wide[x] * values[gradients[x]]) for x, y in products.items()])
+
+
+def _compared(name: str, pairs: Sequence[_Pair]) -> Check:
     worst = 0.0
-    for what, found, expected in pairs:
-        if found.shape != expected.shape:
-            return failed(name, f"{what} has shape {list(found.shape)}, expected {list(expected.shape)}")
-        off = float(np.abs(found - expected).max(initial=0) / (np.abs(expected).max(initial=0) or 1.0))
-        if not off <= _TOLERANCE:
-            return failed(name, f"{what} is off by {off:.1e} of its largest value")
+    for pair in pairs:
+        shape, expected = list(pair.found.shape), list(pair.expected.shape)
+        if shape != expected:
+            return failed(name, f"{pair.what} has shape {shape}, expected {expected}")
+        off = _distance(pair.found, pair.expected)
+        if not off <= pair.tolerance:
+            return failed(name, f"{pair.what} is off by {off:.1e} of its largest value")
         worst = max(worst, off)
     return passed(name, f"{len(pairs)} tensors are as worked out again, within {worst:.1e}", error=worst)
+
+
+def _distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, over the largest value."""
+    return float(np.abs(found - expected).max(initial=0) / (np.abs(expected).max(initial=0) or 1.0))
 
 
 def _feeds(subject: Subject) -> dict[str, np.ndarray]:
@@ -67,43 +110,79 @@ def _outputs_among(subject: Subject, names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in inputs]
 
 
-def _pairs(
-    subject: Subject, values: dict[str, Any], primal: dict[str, Any], maps: dict[str, str]
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(what, as the file gives it, as it should be)"""
+def _pairs(subject: Subject, values: dict[str, Any], primal: dict[str, Any], maps: dict[str, str]) -> Iterator[_Pair]:
     manifest, names = subject.manifest, subject.manifest.names
     several = len(manifest.target_layers) > 1
-    raw: dict[tuple[str, ...], np.ndarray] = {}
+    layers: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
     for layer in manifest.target_layers:
         key: tuple[str, ...] = (layer["name"],) if several else ()
         features, gradients = (names[role_of(method, *key)] for method in contract.LAYER_OUTPUTS)
-        yield features, values[features], primal[layer["tensor"]]
-        raw[key] = _raw(layer, *(values[name].astype(np.float64) for name in (features, gradients)))
-    signed = not manifest.options["relu_attributions"]
+        yield _Pair(features, values[features], primal[layer["tensor"]])
+        layers[key] = _on_positions(layer, *(values[name].astype(np.float64) for name in (features, gradients)))
+    groups = {(): [*layers.values()]} if manifest.options["aggregate"] else {key: [x] for key, x in layers.items()}
     images = {entry["name"]: entry for entry in manifest.inputs}
-    for key, cams in (
-        {(): list(raw.values())} if manifest.options["aggregate"] else {k: [v] for k, v in raw.items()}
-    ).items():
-        cam = names[role_of(contract.GRADCAM, *key)]
-        yield cam, values[cam], _over(subject, cams, manifest.input, signed)
+    signed = not manifest.options["relu_attributions"]
+    for key, group in groups.items():
+        for method in (cam for cam in contract.CAMS if cam in manifest.methods):
+            cam = names[role_of(method, *key)]
+            expected, moved = (
+                _over(subject, _raw(method, x), manifest.input, signed) for x in (group, _rounded(group))
+            )
+            tolerance = max(_TOLERANCE, _SLACK * _distance(moved, expected))
+            yield _Pair(cam, values[cam], expected, tolerance)
         for image, guided in maps.items():
             role = role_of(contract.GUIDED_GRADCAM, *key, *([image] if len(images) > 1 else []))
             if role in names:
+                cams = _raw(contract.GRADCAM, group)
                 product = values[guided] * _over(subject, cams, images[image], signed=False)
-                yield names[role], values[names[role]], product
+                yield _Pair(names[role], values[names[role]], product)
 
 
-def _raw(layer: dict[str, Any], features: np.ndarray, gradients: np.ndarray) -> np.ndarray:
-    """sum_k alpha_k A_k, [N, 1, *positions]"""
+def _on_positions(layer: dict[str, Any], features: np.ndarray, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A and dS/dA, [N, C, *positions]"""
     channels, grid = layer["channel_axis"], layer["grid"]
-    tensors = [np.moveaxis(x, channels, 1) for x in (features, gradients)]
-    if grid is not None:
-        if channels != 2 or features.ndim != 3 or not all(isinstance(size, int) for size in grid):
-            raise _Unknown(f"how the tokens of '{layer['tensor']}' are laid out is not worked out again")
-        count = prod(grid)
-        tensors = [x[:, :, x.shape[2] - count :].reshape(*x.shape[:2], *grid) for x in tensors]
-    a, da = tensors
-    return (a * da.mean(tuple(range(2, da.ndim)), keepdims=True)).sum(1, keepdims=True)
+    a, da = (np.moveaxis(x, channels, 1) for x in (features, gradients))
+    if grid is None:
+        return a, da
+    if channels != 2 or features.ndim != 3 or not all(isinstance(size, int) for size in grid):
+        raise _Unknown(f"how the tokens of '{layer['tensor']}' are laid out is not worked out again")
+    count = prod(grid)
+    a, da = (x[:, :, x.shape[2] - count :].reshape(*x.shape[:2], *grid) for x in (a, da))
+    return a, da
+
+
+def _raw(method: str, layers: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """sum_k w_k A_k of each layer, [N, 1, *positions]"""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return [
+            (a * np.nan_to_num(_WEIGHTS[method](a, da), posinf=0, neginf=0)).sum(1, keepdims=True) for a, da in layers
+        ]
+
+
+def _sum(x: np.ndarray) -> np.ndarray:
+    return x.sum(tuple(range(2, x.ndim)), keepdims=True)
+
+
+def _plus_plus(a: np.ndarray, da: np.ndarray) -> np.ndarray:
+    alpha = da**2 / (2 * da**2 + _sum(a) * da**3)
+    return _sum(np.where((da > 0) & np.isfinite(alpha), alpha * da, 0))
+
+
+_WEIGHTS: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    contract.GRADCAM: lambda a, da: _sum(da) / prod(da.shape[2:]),
+    contract.HIRESCAM: lambda a, da: da,
+    contract.LAYERCAM: lambda a, da: np.maximum(da, 0),
+    contract.GRADCAM_PLUSPLUS: _plus_plus,
+    contract.XGRADCAM: lambda a, da: _sum(a * da) / _sum(a),
+}
+
+
+def _rounded(layers: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The same with the last digits of float32 drawn anew."""
+    rng, step = np.random.default_rng(0), np.finfo(np.float32).eps
+    return [
+        (a * (1 + rng.uniform(-step, step, a.shape)), da * (1 + rng.uniform(-step, step, a.shape))) for a, da in layers
+    ]
 
 
 def _over(subject: Subject, cams: Sequence[np.ndarray], image: dict[str, Any], signed: bool) -> np.ndarray:

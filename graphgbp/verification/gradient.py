@@ -111,9 +111,9 @@ def _input_claim(subject: Subject) -> Claim:
         return Claim(words, subject.graph, moved, scored, subject.file, feeds)
     z, inputs = manifest.score["tensor"], [entry["name"] for entry in manifest.inputs]
     graph = subject.graph
-    own = {qualifier or inputs[0]: name for qualifier, name in subject.roles(contract.SALIENCY)}
-    if own:
-        return Claim("the file's saliency", graph, own, [(z, subject.w)], subject.file, feeds)
+    if own := subject.gradients:
+        held = contract.SALIENCY if contract.SALIENCY in manifest.methods else contract.INPUT_X_GRADIENT
+        return Claim(f"the file's {held.replace('_', ' ')}", graph, own, [(z, subject.w)], subject.file, feeds)
     afresh = vjp(part_for(graph, [z]), inputs=inputs, outputs=[z])
     made = read_manifest(afresh)
     assert made is not None

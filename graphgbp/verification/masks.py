@@ -76,17 +76,8 @@ def check_masks(
 
 def masked_maps(subject: Subject, policy: str) -> dict[str, str]:
     """Of each explained input the tensor that carries the map of a policy: its own, or a factor of Guided Grad-CAM."""
-    inputs = [entry["name"] for entry in subject.manifest.inputs]
     method = contract.GUIDED_BACKPROP if policy == GUIDED else contract.DECONVNET
-    maps = {qualifier or inputs[0]: name for qualifier, name in subject.roles(method)}
-    if maps:
-        return maps
-    maker = {output: node for node in subject.appended for output in node.output}
-    for qualifier, name in subject.roles(contract.GUIDED_GRADCAM):
-        of = next((x for x in inputs if qualifier == x or qualifier.endswith(f"/{x}")), inputs[0])
-        product = maker[maker[name].input[0]]
-        maps[of] = product.input[0]
-    return maps
+    return subject.by_input(method) or subject.factors(contract.GUIDED_GRADCAM)
 
 
 class _Flow:

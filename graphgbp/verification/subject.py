@@ -239,6 +239,24 @@ class Subject:
             if contract.method_of(role) == method:
                 yield role.partition("/")[2], name
 
+    def by_input(self, method: str) -> dict[str, str]:
+        """Of each explained input the tensor that carries a method's map, or one of its maps."""
+        inputs = [entry["name"] for entry in self.manifest.inputs]
+        return {
+            next((x for x in inputs if qualifier == x or qualifier.endswith(f"/{x}")), inputs[0]): name
+            for qualifier, name in self.roles(method)
+        }
+
+    def factors(self, method: str) -> dict[str, str]:
+        """Of each explained input the gradient that is a factor of a method's map."""
+        maker = {output: node for node in self.appended for output in node.output}
+        return {x: maker[maker[name].input[0]].input[0] for x, name in self.by_input(method).items()}
+
+    @property
+    def gradients(self) -> dict[str, str]:
+        """Of each explained input the tensor that carries the plain gradient; none where the file holds none by it."""
+        return self.by_input(contract.SALIENCY) or self.factors(contract.INPUT_X_GRADIENT)
+
 
 def _refuse_large(model: onnx.ModelProto) -> None:
     external = [x for x in model.graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL]

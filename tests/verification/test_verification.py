@@ -87,6 +87,9 @@ two_classes = small_cnn(("y = Sigmoid(z)",), classes=1)
 GOOD = {
     "every method": (network(), {"methods": ALL}),
     "default": (network(), {}),
+    "input_x_gradient alone": (network(), {"methods": "input_x_gradient"}),
+    **{f"{cam} alone": (network(), {"methods": cam}) for cam in contract.CAMS},
+    "CAMs of both signs": (network(), {"methods": contract.CAMS, "target_layer": "s", "relu_attributions": False}),
     "guided_gradcam alone": (network(), {"methods": "guided_gradcam"}),
     "opset 16": (network(16), {"methods": ALL}),
     "opset 26": (network(26), {"methods": ALL}),
@@ -349,6 +352,23 @@ def _manifest_says(**changes):
     return lambda made: edit_manifest(made, lambda manifest: manifest.update(changes))
 
 
+def _one_less(cam, op):
+    """A node of a head passes on what it reads."""
+
+    def damage(made):
+        weighed = node(made, f"{contract.SCOPE}/{cam}/", op=op)
+        weighed.op_type = "Identity"
+        del weighed.input[1:], weighed.attribute[:]
+
+    return damage
+
+
+def _squared(made):
+    product = node(made, f"{contract.SCOPE}/input_x_gradient/", op="Mul")
+    product.input[1] = product.input[0]
+
+
+WEIGHED = {"layercam": "Relu", "gradcam_plusplus": "Div", "xgradcam": "Div"}
 GRADIENT, GUIDED, DECONVNET = (f"{contract.SCOPE}/{scope}/" for scope in ("gradient", "guided", "deconvnet"))
 DAMAGE = {
     "fingerprint": ((), _foreign_sha, {"fingerprint"}),
@@ -362,7 +382,7 @@ DAMAGE = {
     "activations that are not told": ((), _manifest_says(passed_through=[]), {"manifest"}),
     "the score's sign": ((), _negative_score, {"score"}),
     "no guard": ((), _no_guard, {"target guard"}),
-    "saliency times 1.05": ((), _slightly_larger("saliency"), {"gradient"}),
+    "saliency times 1.05": (("saliency",), _slightly_larger("saliency"), {"gradient"}),
     "a node of saliency times 1.05": (("saliency",), _slightly_larger_inside(GRADIENT, "Conv"), {"gradient"}),
     "a mask of saliency removed": (("saliency",), _without_mask(GRADIENT, "HardSigmoid"), {"gradient"}),
     "a cotangent of saliency dropped": (("saliency",), _without_cotangent(GRADIENT), {"gradient"}),
@@ -383,6 +403,20 @@ DAMAGE = {
     "Grad-CAM without its Relu": ((), _unrectified_cam, {"grad-cam"}),
     "Grad-CAM resized otherwise": ((), _smoother_cam, {"grad-cam"}),
     "Guided Grad-CAM times 1.05": ((), _slightly_larger("guided_gradcam"), {"grad-cam"}),
+    **{f"{cam} times 1.05": ((), _slightly_larger(cam), {"grad-cam"}) for cam in contract.CAMS},
+    **{f"the weights of {cam}": ((cam,), _one_less(cam, op), {"grad-cam"}) for cam, op in WEIGHED.items()},
+    "Input x Gradient times 1.05": (
+        ("input_x_gradient",),
+        _slightly_larger("input_x_gradient"),
+        {"gradient", "input x gradient"},
+    ),
+    "Input x Gradient beside saliency times 1.05": ((), _slightly_larger("input_x_gradient"), {"input x gradient"}),
+    "the gradient of Input x Gradient times 1.05": (
+        ("input_x_gradient",),
+        _slightly_larger_inside(GRADIENT, "Conv"),
+        {"gradient"},
+    ),
+    "another input than the one that is explained": (("input_x_gradient",), _squared, {"input x gradient"}),
     "an operator without a CUDA kernel": ((), _no_cuda_kernel, {"kernels CUDA"}),
 }
 
