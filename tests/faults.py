@@ -14,6 +14,7 @@ import numpy as np
 import graphgbp.rules
 from graphgbp import (
     backward,
+    cams,
     contract,
     heads,
     layers,
@@ -214,6 +215,21 @@ def _by_signed_cam(original: Callable[..., dict[str, Any]]) -> Callable[..., dic
     return faulty
 
 
+def _gradient_alone(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Input x Gradient without the input."""
+
+    def faulty(*arguments: Any) -> dict[str, Any]:
+        made = original(*arguments)
+        products = [role for role in made if contract.method_of(role) == contract.INPUT_X_GRADIENT]
+        return {**made, **{x: made[x.replace(contract.INPUT_X_GRADIENT, contract.SALIENCY)] for x in products}}
+
+    return faulty
+
+
+def _unguarded(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda g, above, below, rounding: g.div(above, below)
+
+
 def _other_mode(mode: str, key: str, value: str) -> Wrap:
     modes = {**heads.INTERPOLATE_MODES, mode: {**heads.INTERPOLATE_MODES[mode], key: value}}
     return _while(heads, "INTERPOLATE_MODES", modes)
@@ -272,6 +288,16 @@ _STEPS = [
     _fault("Grad-CAM: no ReLU", maps, "_cams", _while(Emitter, "relu", _unchanged)),
     _fault("Guided Grad-CAM: not times Grad-CAM", maps, "_cams", _cam_alone),
     _fault("Guided Grad-CAM: times the signed map", maps, "_cams", _by_signed_cam),
+    *(_fault(f"CAM weights: {method} times 1.05", cams.WEIGHTS, method, _scaled) for method in cams.WEIGHTS),
+    _fault("CAM weights: LayerCAM of both signs", cams.WEIGHTS, contract.LAYERCAM, lambda _: cams._gradient),
+    _fault(
+        "CAM weights: Grad-CAM++ of both signs",
+        cams.WEIGHTS,
+        contract.GRADCAM_PLUSPLUS,
+        _while(Emitter, "relu", _unchanged),
+    ),
+    _fault("CAM weights: divided by what may be 0", cams, "_ratio", _unguarded),
+    _fault("Input x Gradient: the gradient alone", maps, "_gradients", _gradient_alone),
     *(
         _fault(f"resize: {mode} {key}={value}", heads, "resize_to", _other_mode(mode, key, value))
         for mode, key, value in (
