@@ -283,7 +283,7 @@ def _kink_distance(module: nn.Module, x: Tensor) -> Tensor:
         return x.abs()
     if isinstance(module, nn.ReLU6):
         return torch.minimum(x.abs(), (x - 6).abs())
-    kernel, stride, padding = module.kernel_size, module.stride, module.padding
+    kernel, stride, padding = (getattr(module, size) for size in ("kernel_size", "stride", "padding"))
     padded = F.pad(x, (padding, padding + stride, padding, padding + stride), value=-torch.inf)
     windows = padded.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4)
     first, second = windows.topk(2).values.unbind(-1)

@@ -242,7 +242,7 @@ def test_static_and_dynamic_shapes_give_the_same_maps():
     [
         ({"methods": ["gradcan"]}, "unknown method 'gradcan'"),
         ({"methods": []}, "none given"),
-        ({"methods": ["saliency"], "target_layer": "hardtanh_32"}, "is where Grad-CAM is taken"),
+        ({"methods": ["saliency"], "target_layer": "hardtanh_32"}, "is where a CAM is taken, and none of saliency"),
         ({"target_layer": "hardtanh_33"}, "near matches: .*hardtanh_32"),
         ({"target_layer": "logits"}, "no spatial positions"),
         ({"target_layer": "image"}, "no layer"),
