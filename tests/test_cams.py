@@ -133,8 +133,7 @@ def test_several_layers_each_have_every_cam():
             np.testing.assert_allclose(got[f"{method}/{layer}"], alone[method], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("layers_last", [False, True])
-def test_only_what_is_asked_comes_out(layers_last):
-    methods = ["input_x_gradient", "xgradcam"] if layers_last else ["xgradcam"]
+@pytest.mark.parametrize("methods", [["xgradcam"], ["input_x_gradient", "xgradcam"]])
+def test_only_what_is_asked_comes_out(methods):
     names = [output.name for output in graphgbp.convert(small_cnn(), methods).graph.output]
-    assert names == ["y", "target_class", "target_score", *methods, "gradcam_features", "gradcam_gradients"]
+    assert names == ["y", "target_class", "target_score", *methods, *contract.LAYER_OUTPUTS]
