@@ -3,12 +3,13 @@
 # make check      format, lint, types, tests
 # make mutation   put faults into the rules, one by one, and see that tests notice
 # make networks   measure the networks of torchvision and timm against torch: docs/networks.md
+# make deployed   measure one network in every form that models are deployed in: docs/deployed.md
 # make clean      remove what the others made
 
 PYTHON ?= python3
 WORKERS ?= 2
 
-.PHONY: demo test check mutation networks clean
+.PHONY: demo test check mutation networks deployed clean
 
 demo: .venv/installed
 	.venv/bin/graphgbp explain models/efficientnet_lite0.onnx models/coffee.png -o demo/ --force
@@ -29,8 +30,11 @@ mutation: .venv-test/installed
 networks: .venv-networks/installed
 	.venv-networks/bin/python scripts/networks_table.py --again
 
+deployed: .venv-deployed/installed
+	.venv-deployed/bin/python scripts/deployed_table.py
+
 clean:
-	rm -rf .venv .venv-test .venv-networks demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-test .venv-networks .venv-deployed demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Each environment is made once, and again when pyproject.toml changes.
 .venv/installed: EXTRAS =
@@ -41,6 +45,9 @@ clean:
 	touch $@
 
 .venv-networks/installed: scripts/requirements-networks.txt
+.venv-deployed/installed: scripts/requirements-deployed.txt
+.venv-deployed/installed: EXTRAS = [test]
+.venv-networks/installed .venv-deployed/installed:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --disable-pip-version-check -r $< -e .
+	$(@D)/bin/pip install --disable-pip-version-check -r $< -e '.$(EXTRAS)'
 	touch $@
