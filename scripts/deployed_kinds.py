@@ -96,6 +96,10 @@ class Block(nn.Module):
 # -- optimised ----------------------------------------------------------------------------------------------------
 
 
+def unchanged(source: Source, path: Path) -> None:
+    path.write_bytes(source.path.read_bytes())
+
+
 def optimised(level: str) -> Maker:
     """As ONNX Runtime saves a model behind its graph optimisations."""
 
@@ -189,7 +193,7 @@ def _without_shapes(path: Path) -> onnx.ModelProto:
 # -- quantised ----------------------------------------------------------------------------------------------------
 
 
-class Calibration(CalibrationDataReader):  # type: ignore[misc]
+class Calibration(CalibrationDataReader):
     """The images, one by one, as onnxruntime.quantization reads them."""
 
     def __init__(self, source: Source) -> None:
@@ -240,7 +244,7 @@ def then(first: Maker, second: Maker) -> Maker:
 
 QDQ = quantised("QDQ", "QUInt8", "QInt8", per_channel=True)
 CNN = (
-    Kind("float32 as exported", "torch", lambda source, path: path.write_bytes(source.path.read_bytes()) and None),
+    Kind("float32 as exported", "torch", unchanged),
     Kind("optimised, basic", "onnxruntime", optimised("basic")),
     Kind("optimised, extended", "onnxruntime", optimised("extended")),
     Kind("optimised, all (blocked layout)", "onnxruntime", optimised("all")),
@@ -266,7 +270,7 @@ CNN = (
     Kind("int8, dynamic", "onnxruntime", dynamic),
 )
 VIT = (
-    Kind("float32 as exported", "torch", lambda source, path: path.write_bytes(source.path.read_bytes()) and None),
+    Kind("float32 as exported", "torch", unchanged),
     Kind("optimised, extended", "onnxruntime", optimised("extended")),
     Kind("onnxruntime.transformers", "onnxruntime", transformer_optimised()),
     Kind("onnxruntime.transformers, float16", "onnxruntime", transformer_optimised(half=True)),
