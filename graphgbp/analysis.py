@@ -16,11 +16,11 @@ from graphgbp.layouts import Layouts, find_layouts
 from graphgbp.nodes import label
 from graphgbp.options import Request
 from graphgbp.plain.quantised import QUANTISERS
-from graphgbp.prepare import View
 from graphgbp.rectifiers import Activations, find_activations
 from graphgbp.registry import Entry, Unsupported
 from graphgbp.score import Score
 from graphgbp.smooth import Activation
+from graphgbp.view import View
 
 
 class Analysis:

@@ -10,9 +10,10 @@ from graphgbp import model_file
 from graphgbp.contract import SCOPE
 from graphgbp.emit import Emitter, elem_type
 from graphgbp.errors import GraphgbpError
+from graphgbp.inference import skeleton
 from graphgbp.model_file import tensor_names
 from graphgbp.nodes import node_proto
-from graphgbp.prepare import View, skeleton
+from graphgbp.view import View
 
 _READ_SHAPES = ("Shape", "Size")
 _INITIALIZERS_NEED_NO_INPUT = 4  # the IR version from which an initializer need not be a graph input

@@ -15,8 +15,8 @@ import onnx_graphsurgeon as gs
 from graphgbp.emit import Emitter
 from graphgbp.errors import UnsupportedOperatorError
 from graphgbp.nodes import input_names, label
-from graphgbp.prepare import View
 from graphgbp.registry import NONDIFFERENTIABLE, Entry, Rule, Unsupported, since_version
+from graphgbp.view import View
 
 RuleFor = Callable[[gs.Node], Entry | None]
 Cotangents = dict[str, gs.Tensor]

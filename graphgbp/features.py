@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from graphgbp.nodes import axes_of, permutation
-from graphgbp.prepare import View
 from graphgbp.shapes import Dim
 from graphgbp.symbols import product
+from graphgbp.view import View
 
 _CHANNELS_SECOND = {"Conv", "ConvTranspose", "DepthToSpace", "SpaceToDepth", "BatchNormalization", "RoiAlign"}
 _RESHAPING = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from graphgbp.backward import is_float
 from graphgbp.errors import ModelFileError, RequestError
 from graphgbp.nodes import axes_of, permutation
-from graphgbp.prepare import View
+from graphgbp.view import View
 
 CHANNELS_FIRST = {3: "NCW", 4: "NCHW", 5: "NCDHW"}
 CHANNELS_LAST = {3: "NWC", 4: "NHWC", 5: "NDHWC"}

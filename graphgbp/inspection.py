@@ -16,9 +16,10 @@ from graphgbp.contract import LAYER_METHODS, METHODS
 from graphgbp.errors import GraphgbpError
 from graphgbp.nodes import label
 from graphgbp.options import Request, names
-from graphgbp.prepare import View, prepare
+from graphgbp.prepare import prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
 from graphgbp.stored import Stored
+from graphgbp.view import View
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from graphgbp.errors import RequestError
 from graphgbp.extents import ALL, NOTHING, Extents, one_to_one, reaching
 from graphgbp.layouts import Layout, Layouts
 from graphgbp.nodes import input_names, label
-from graphgbp.prepare import View
+from graphgbp.view import View
 
 _SAME_VALUES = {"Identity", "Dropout", "Cast", "Transpose"}
 _POOLING = {"AveragePool", "GlobalAveragePool", "ReduceMean"}

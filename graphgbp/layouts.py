@@ -30,7 +30,7 @@ from graphgbp.axes import (
 )
 from graphgbp.image import Image
 from graphgbp.nodes import axes_of, permutation, slices
-from graphgbp.prepare import View
+from graphgbp.view import View
 
 _CHANNELS_FIRST = {
     "Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool",

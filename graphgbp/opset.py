@@ -25,7 +25,7 @@ from graphgbp.contract import SCOPE
 from graphgbp.equivalence import Feeds, RunError, difference, one_line, run, run_on_random_input
 from graphgbp.errors import MissingWeightsError, OpsetError
 from graphgbp.functions import spell_out_defaults
-from graphgbp.prepare import skeleton
+from graphgbp.inference import skeleton
 
 RAISED_TO = 16
 TOLERANCE = 1e-5  # relative to the output's largest value

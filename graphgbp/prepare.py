@@ -6,78 +6,36 @@ and the nodes come in topological order. Only the view is changed; the model's o
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import helper, shape_inference
+from onnx import helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 import graphgbp.plain  # noqa: F401  fills the table of forms
 from graphgbp import forms
 from graphgbp.branches import fixed_names, inline, taken_branch
 from graphgbp.contract import RECOMPUTED
-from graphgbp.emit import Emitter, elem_type, type_of
+from graphgbp.emit import Emitter, elem_type
 from graphgbp.errors import ModelFileError
+from graphgbp.folding import FOLD_LIMIT, fold, read_constants
 from graphgbp.functions import see_through_functions
+from graphgbp.inference import sizes_as_declared, type_outputs, whole_graph_types
 from graphgbp.model_file import tensor_names, with_readable_text, with_small_weights
 from graphgbp.nodes import free_path, label, node_proto, topological_order
 from graphgbp.plain import units
 from graphgbp.plain.quantised import dequantized
-from graphgbp.shapes import TensorType, from_proto, infer_node, is_static
 from graphgbp.sizes import Sizes
-from graphgbp.stored import Stored, show_as_float32
+from graphgbp.stored import show_as_float32
+from graphgbp.view import View
 from graphgbp.weights import read_weights_from
 
 READ_AS = {"CastLike": "Cast"}
 """Operators that the view shows as another one."""
-
-_FOLD_LIMIT = 1024
-_EVALUATED_AT = {"QuantizeLinear": 21, "DequantizeLinear": 21}  # the oldest opset that onnx.reference has them of
-_RANDOM = {
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-    "Bernoulli",
-    "Multinomial",
-}
-
-
-@dataclass
-class View:
-    """The model as rules read it. `graph.nodes[:]` is in topological order.
-
-    `recomputed` are nodes that the model does not hold in its main graph (a taken branch of an If, the body of a local
-    function, what a fused node stands for), as they compute in the types of the file; `constants` are those they read.
-    What a gradient reads of them is computed again, and a tensor in `twins` is read under the name there. `stored`
-    tells the type in the file of a tensor that the view shows as float32. `opaque` tells of a node, by its id, why it
-    is not seen as plain nodes. `seen_through` holds the name of the first output of a node that is, and of a call, by
-    its path; `formed` all outputs of such nodes. `named` is the first output of every node, of those seen through as
-    well, by the node's name; `standing_for` the node of the file behind a node, by its id, as (operator, name).
-    """
-
-    graph: gs.Graph
-    opsets: dict[str, int]
-    tensors: dict[str, gs.Tensor] = field(default_factory=dict)
-    recomputed: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, np.ndarray] = field(default_factory=dict)
-    twins: dict[str, str] = field(default_factory=dict)
-    stored: Stored = field(default_factory=dict)
-    opaque: dict[int, str] = field(default_factory=dict)
-    seen_through: dict[str, str] = field(default_factory=dict)
-    formed: set[str] = field(default_factory=set)
-    named: dict[str, gs.Tensor] = field(default_factory=dict)
-    standing_for: dict[int, tuple[str, str]] = field(default_factory=dict)
-
-    @property
-    def opset(self) -> int:
-        return self.opsets[""]
 
 
 def prepare(model: onnx.ModelProto, folder: Path | None = None, *, halves: bool = True) -> View:
@@ -95,7 +53,7 @@ def prepare(model: onnx.ModelProto, folder: Path | None = None, *, halves: bool 
 
 def flatten(model: onnx.ModelProto, folder: Path | None = None) -> View:
     """The reading view before anything is shown as float32: its nodes compute what the model computes."""
-    model = with_readable_text(with_small_weights(model, folder, _FOLD_LIMIT))
+    model = with_readable_text(with_small_weights(model, folder, FOLD_LIMIT))
     seen, calls = see_through_functions(model)
     with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns of what is no tensor
         graph = gs.import_onnx(seen)
@@ -105,7 +63,7 @@ def flatten(model: onnx.ModelProto, folder: Path | None = None) -> View:
     graph.nodes[:] = topological_order(graph)
     _refuse_undefined(graph)
     view = View(graph, opsets, seen_through=dict(calls))
-    _read_constants(graph.nodes)
+    read_constants(graph.nodes)
     chains = _infer(view, model, seen)
     for node in graph.nodes:
         _fill_defaults(node, opsets)
@@ -134,25 +92,6 @@ def _recompute(
         node.outputs.clear()
 
 
-def skeleton(model: onnx.ModelProto, limit: int = _FOLD_LIMIT) -> onnx.ModelProto:
-    """The model with every large weight replaced by an input of its type: small, and of the same shapes."""
-    small = onnx.ModelProto(ir_version=max(model.ir_version, 4), producer_name=model.producer_name)
-    small.opset_import.extend(model.opset_import)
-    small.functions.extend(model.functions)
-    graph = small.graph
-    graph.name = model.graph.name or "graph"
-    graph.node.extend(model.graph.node)
-    graph.output.extend(model.graph.output)
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    graph.input.extend(value for value in model.graph.input if value.name not in initializers)
-    for tensor in model.graph.initializer:
-        if np.prod(tensor.dims) > limit:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            graph.initializer.append(tensor)
-    return small
-
-
 def _refuse_undefined(graph: gs.Graph) -> None:
     defined = {tensor.name for tensor in graph.inputs}
     for node in graph.nodes:
@@ -164,45 +103,16 @@ def _refuse_undefined(graph: gs.Graph) -> None:
                 )
 
 
-def _read_constants(nodes: Iterable[gs.Node]) -> None:
-    for node in nodes:
-        if node.op == "Constant" and node.domain in (None, "", "ai.onnx"):
-            value = _constant_value(node)
-            if value is not None:
-                _fix(node.outputs[0], value)
-
-
-def _constant_value(node: gs.Node) -> np.ndarray | None:
-    if "value" in node.attrs:
-        value = node.attrs["value"]
-        return value.values if isinstance(value, gs.Constant) else np.asarray(value)
-    for key, dtype in (
-        ("value_float", np.float32),
-        ("value_floats", np.float32),
-        ("value_int", np.int64),
-        ("value_ints", np.int64),
-    ):
-        if key in node.attrs:
-            return np.asarray(node.attrs[key], dtype)
-    return None
-
-
-def _fix(tensor: gs.Tensor, value: np.ndarray | np.generic) -> None:
-    """Make a tensor known: every consumer sees a Constant."""
-    tensor.inputs.clear()
-    tensor.to_constant(np.asarray(value))
-
-
 def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto) -> list[gs.Node]:
     """Type every tensor in order and fold what depends on constants alone. Only inputs' declared shapes count.
 
     An If that this settles is replaced by its branch, a fused or quantised node by what it stands for. What comes back
     are nodes that make dequantised tensors again, for those who must not read the model's own.
     """
-    known = _whole_graph_types(seen)
+    known = whole_graph_types(seen)
     for tensor in view.graph.inputs:
         if tensor.shape is not None:
-            tensor.shape = _sizes_as_declared(tensor)
+            tensor.shape = sizes_as_declared(tensor)
     outer, fixed, there = tensor_names(seen), fixed_names(model), tensor_names(model)
     waiting, done = deque(view.graph.nodes), []
     g, sizes = Emitter(view.graph, view.opset, RECOMPUTED), Sizes()
@@ -213,15 +123,15 @@ def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto) -> list[gs
         if branch is not None:
             path = _see_through(view, node)
             inlined = inline(node, branch, outer, path)
-            _read_constants(inlined)
+            read_constants(inlined)
             waiting.extendleft(reversed(inlined))
         elif (stands_for := _as_plain_nodes(view, g, node)) is not None:
             waiting.extendleft(reversed(stands_for))
         else:
             done.append(node)
             _settle_cast(node)
-            _type_outputs(node, view.opsets, known, sizes)
-            _fold(node, view.opsets, sizes)
+            type_outputs(node, view.opsets, known, sizes)
+            fold(node, view.opsets, sizes)
             if node.op == "DequantizeLinear" and node.outputs and node.outputs[0].name in there:
                 chains += _dequantised_again(view, g, node)
     view.graph.nodes[:] = done
@@ -274,114 +184,6 @@ def _settle_cast(node: gs.Node) -> None:
     """A CastLike reads nothing of its second input but its type: a Cast."""
     if node.op in READ_AS and node.domain in (None, "", "ai.onnx") and node.inputs[1].dtype is not None:
         node.op, node.attrs["to"] = READ_AS[node.op], elem_type(node.inputs.pop().dtype)
-
-
-def _type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType], sizes: Sizes) -> None:
-    outputs = [tensor for tensor in node.outputs if tensor.name and isinstance(tensor, gs.Variable)]
-    types = _node_types(node, opsets, known, sizes) if outputs else {}
-    for tensor in outputs:
-        kind = types.get(tensor.name) or known.get(tensor.name)
-        if kind is not None:
-            tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        if kind is not None and kind.shape is not None:
-            tensor.shape = tuple(kind.shape)
-        elif tensor.shape is not None:
-            tensor.shape = _sizes_as_declared(tensor)
-
-
-def _sizes_as_declared(tensor: gs.Tensor) -> tuple[int | str, ...]:
-    return tuple(
-        size if (isinstance(size, str) and size) or (isinstance(size, int) and size >= 0) else f"{tensor.name}:{axis}"
-        for axis, size in enumerate(tensor.shape)
-    )
-
-
-def _whole_graph_types(model: onnx.ModelProto) -> dict[str, TensorType]:
-    bare = skeleton(model)
-    for output in bare.graph.output:
-        if output.type.HasField("tensor_type"):
-            output.type.tensor_type.ClearField("shape")
-    try:
-        inferred = shape_inference.infer_shapes(bare, data_prop=True)
-    except shape_inference.InferenceError as error:
-        raise ModelFileError(
-            f"ONNX finds the model's shapes inconsistent: {error}; repair the file or its export"
-        ) from None
-    graph = inferred.graph
-    return {
-        value.name: _with_symbols(value.name, from_proto(value.type))
-        for value in [*graph.value_info, *graph.output]
-        if value.type.HasField("tensor_type") and value.type.tensor_type.elem_type
-    }
-
-
-def _with_symbols(name: str, kind: TensorType) -> TensorType:
-    if kind.shape is None:
-        return kind
-    return TensorType(
-        kind.elem_type,
-        tuple(size if size != "" else f"{name}:{axis}" for axis, size in enumerate(kind.shape)),
-    )
-
-
-def _node_types(
-    node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType], sizes: Sizes
-) -> dict[str, TensorType]:
-    """Types by inference of the node alone, whose symbols are finer than the whole graph's."""
-    domain = node.domain or ""
-    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
-    if _has_graph(node) or domain not in opsets or any(tensor.dtype is None for tensor in inputs):
-        return {}
-    types = {tensor.name: type_of(tensor) for tensor in inputs}
-    values = {tensor.name: tensor.values for tensor in inputs if _is_small(tensor)}
-    try:
-        held = {tensor.name: value for tensor in inputs if (value := sizes.of(tensor)) is not None}
-        return infer_node(node_proto(node), opsets[domain], types, values, known, held)
-    except (onnx.defs.SchemaError, onnx.checker.ValidationError):  # not for this opset, or not as ONNX would have it
-        return {}
-    except shape_inference.InferenceError as error:
-        raise ModelFileError(
-            f"node '{label(node)}' ({node.op}) does not fit its inputs: {str(error).strip()}; "
-            "repair the file or its export"
-        ) from None
-
-
-def _is_small(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and int(np.prod(tensor.shape)) <= _FOLD_LIMIT
-
-
-def _fold(node: gs.Node, opsets: dict[str, int], sizes: Sizes) -> None:
-    """Replace the outputs of a small node whose value is known before running by that value."""
-    if node.domain not in (None, "", "ai.onnx") or node.op in _RANDOM or len(node.outputs) != 1:
-        return
-    (output,) = node.outputs
-    if not is_static(output.shape) or int(np.prod(output.shape)) > _FOLD_LIMIT:
-        return
-    sizes.follow(node)
-    if (value := sizes.known(output)) is not None:
-        _fix(output, value)
-    elif node.inputs and all(tensor.is_empty() or _is_small(tensor) for tensor in node.inputs) and not _has_graph(node):
-        _fix(output, _evaluate(node, opsets))
-
-
-def _has_graph(node: gs.Node) -> bool:
-    return any(isinstance(value, gs.Graph) for value in node.attrs.values())
-
-
-def _evaluate(node: gs.Node, opsets: dict[str, int]) -> np.ndarray:
-    from onnx.reference import ReferenceEvaluator
-
-    feeds = {tensor.name: tensor.values for tensor in node.inputs if not tensor.is_empty()}
-    graph = helper.make_graph(
-        [node_proto(node)],
-        "constant",
-        [helper.make_tensor_value_info(name, elem_type(value.dtype), value.shape) for name, value in feeds.items()],
-        [helper.make_tensor_value_info(node.outputs[0].name, elem_type(node.outputs[0].dtype), None)],
-    )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", max(opsets[""], _EVALUATED_AT.get(node.op, 0)))]
-    )
-    return np.asarray(next(iter(ReferenceEvaluator(model).run(None, feeds))))
 
 
 @cache

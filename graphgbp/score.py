@@ -14,8 +14,8 @@ from graphgbp.backward import is_float
 from graphgbp.errors import ModelFileError, RequestError, UnsupportedError
 from graphgbp.features import find_features
 from graphgbp.nodes import label
-from graphgbp.prepare import View
 from graphgbp.shapes import Dim
+from graphgbp.view import View
 
 SCORES = ("auto", "pre_softmax", "probability")
 _PASSED = {

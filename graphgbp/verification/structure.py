@@ -7,8 +7,8 @@ from onnx.shape_inference import InferenceError
 
 from graphgbp.analysis import table_of
 from graphgbp.backward import active_nodes, is_float
+from graphgbp.inference import skeleton
 from graphgbp.kernels import PROVIDERS, has_kernel, tensor_types
-from graphgbp.prepare import skeleton
 from graphgbp.rectifiers import Activations, find_activations
 from graphgbp.smooth import Activation
 from graphgbp.verification.report import Check, failed, passed, unchecked

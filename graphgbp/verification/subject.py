@@ -17,9 +17,10 @@ from graphgbp.contract import Manifest
 from graphgbp.equivalence import Feeds, RunError, difference, outputs_of, run_on_random_input
 from graphgbp.errors import GraphgbpError, ModelFileError
 from graphgbp.nodes import node_proto
-from graphgbp.prepare import View, prepare
+from graphgbp.prepare import prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
 from graphgbp.verification.targets import default_targets, weights
+from graphgbp.view import View
 
 _EVERYTHING = 2**62
 _REPLACEABLE = 4  # the IR version from which an initializer need not be an input, and one that is can be replaced
