@@ -36,6 +36,7 @@ class Emitter:
         self._root = self._scope = scope
         self._counts: dict[str, int] = {}
         self._made: dict[tuple[Any, ...], list[gs.Variable]] = {}
+        self._keys: dict[int, tuple[Any, ...]] = {}  # in _made, by the id of what was made
 
     # -- making nodes ---------------------------------------------------------------------------------------
 
@@ -68,6 +69,7 @@ class Emitter:
         )
         if key not in self._made:
             self._made[key] = self._append(op_type, operands, outputs, name, attributes)
+            self._keys.update((id(made), key) for made in self._made[key])
         return list(self._made[key])
 
     def _append(
@@ -329,9 +331,8 @@ class Emitter:
 
     def discard(self, start: int) -> None:
         """Take back the nodes made since there were `start`."""
-        taken = {id(y) for node in self.nodes[start:] for y in node.outputs}
-        self._made = {key: made for key, made in self._made.items() if not any(id(y) in taken for y in made)}
         for node in self.nodes[start:]:
+            self._forget(node)
             node.inputs.clear()
             node.outputs.clear()
         del self.nodes[start:]
@@ -343,8 +344,13 @@ class Emitter:
                 if tensor is x:
                     reader.inputs[index] = output
         maker = x.inputs[0]
+        self._forget(maker)
         maker.outputs[next(index for index, tensor in enumerate(maker.outputs) if tensor is x)] = output
-        self._made = {key: made for key, made in self._made.items() if all(tensor is not x for tensor in made)}
+
+    def _forget(self, node: gs.Node) -> None:
+        """Do not use a node again for an equal one."""
+        for made in node.outputs:
+            self._made.pop(self._keys.pop(id(made), ()), None)
 
     def name_output(self, x: gs.Tensor, name: str) -> gs.Tensor:
         """x under a public name, as an output of the graph."""
