@@ -96,6 +96,8 @@ def expand(g: Emitter, node: gs.Node, entry: Entry) -> list[gs.Node] | None:
     for index, result in enumerate(results[: len(node.outputs)]):
         if node.outputs[index].name:
             _make(g, node, index, result, start)
+            if entry.keeps:  # where it runs again, ONNX wants all its outputs
+                node.outputs[index] = gs.Variable(f"{result.name}/kept")
     if entry.keeps:
         return [node, *g.nodes[start:]]
     node.inputs.clear()

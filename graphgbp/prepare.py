@@ -151,7 +151,7 @@ def _as_plain_nodes(view: View, g: Emitter, node: gs.Node) -> list[gs.Node] | No
     if entry is None or id(node) in view.opaque:
         return None
     outputs = [y.name for y in node.outputs]
-    path, origin = free_path(label(node), view.seen_through), (node.op, label(node))
+    path, origin = free_path(label(node), view.seen_through), view.standing_for.get(id(node), (node.op, label(node)))
     try:
         with g.scope(path):
             nodes = forms.expand(g, node, entry)

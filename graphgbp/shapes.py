@@ -18,6 +18,7 @@ Shape = tuple[Dim, ...]
 
 _DATA_LIMIT = 1024
 _LIKE_FIRST_INPUT = ("GroupNormalization", "MeanVarianceNormalization")  # functions that ONNX's inference leaves shut
+_TYPED_AT = {"QuantizeLinear": 23, "DequantizeLinear": 23}  # ONNX Runtime has 16 bits for them at every opset
 
 
 class TensorType(NamedTuple):
@@ -48,6 +49,7 @@ def infer_node(
         return {node.output[0]: types[node.input[0]]}
     if (node.domain, node.op_type) == ("ai.onnx.ml", "Scaler") and node.input[0] in types:
         return {node.output[0]: TensorType(onnx.TensorProto.FLOAT, types[node.input[0]].shape)}
+    opset = max(opset, 0 if node.domain else _TYPED_AT.get(node.op_type, 0))
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     inputs = [name for name in dict.fromkeys(node.input) if name and name in types]
     found = shape_inference.infer_node_outputs(

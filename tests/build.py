@@ -21,14 +21,17 @@ def model(
     output_types: Mapping[str, int] | None = None,
 ) -> onnx.ModelProto:
     """A checked model with float inputs and, unless told, outputs; output shapes come from ONNX's inference."""
+    parsed = [parser.parse_node(node) for node in nodes]
     graph = helper.make_graph(
-        [parser.parse_node(node) for node in nodes],
+        parsed,
         "small",
         [helper.make_tensor_value_info(name, dtype, shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info(name, (output_types or {}).get(name, dtype), None) for name in outputs],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()],
     )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    others = sorted({node.domain for node in parsed if node.domain})
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in others)]
+    made = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
     return onnx.shape_inference.infer_shapes(made, strict_mode=True)
 
 

@@ -1,5 +1,5 @@
 """Forms of fused and quantised nodes, one family per file; importing the package fills graphgbp.forms."""
 
-from graphgbp.plain import fused, quantised
+from graphgbp.plain import fused, quantised, quantised_layers, quantised_products
 
-__all__ = ["fused", "quantised"]
+__all__ = ["fused", "quantised", "quantised_layers", "quantised_products"]

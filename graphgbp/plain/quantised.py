@@ -3,6 +3,8 @@
 A quantised tensor q stands for the real number (q - z) s; its cotangent is taken by q itself, as if q were real.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -10,7 +12,10 @@ from graphgbp.emit import Emitter
 from graphgbp.forms import MICROSOFT, attributes, plain
 from graphgbp.plain.signs import is_models_own, may_be_negative
 
-QUANTISERS = ("QuantizeLinear", "QLinearConv", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QGemm")
+QUANTISERS = (
+    "QuantizeLinear", "QLinearConv", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearWhere",
+    "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearReduceMean", "QLinearLeakyRelu", "QGemm",
+)  # fmt: skip
 """The nodes that may have swallowed a ReLU."""
 
 _SWALLOWED_RELU6 = 1e-3  # how near to 6 a quantiser ends whose range was a ReLU6's
@@ -81,8 +86,8 @@ def quantize_linear(
 @plain("DynamicQuantizeLinear", (11,), keeps=True, surrogate=True)
 def dynamic_quantize_linear(g: Emitter, node: gs.Node, x: gs.Tensor) -> gs.Tensor | None:
     """A quantiser with the scale and the zero point that the node finds in x"""
-    _, scale, zero_point = node.outputs
-    if not node.outputs[0].name:
+    q, scale, zero_point = node.outputs
+    if not q.outputs and not any(q is output for output in g.graph.outputs):
         return None
     scale.dtype, zero_point.dtype = np.dtype(np.float32), np.dtype(np.uint8)
     scale.shape = zero_point.shape = ()
@@ -123,8 +128,12 @@ def convolution(
     kept = attributes(node, *_CONVOLUTION)
     if not channels_last:
         return g.op("Conv", x, w, b, **kept)
-    rank = len(w.shape)
-    y = g.op("Conv", g.transpose(x, [0, rank - 1, *range(1, rank - 1)]), w, b, **kept)
+    return channels_second(g, x, len(w.shape), lambda x: g.op("Conv", x, w, b, **kept))
+
+
+def channels_second(g: Emitter, x: gs.Tensor, rank: int, compute: Callable[[gs.Tensor], gs.Tensor]) -> gs.Tensor:
+    """What `compute` gives of x, both with their channels last."""
+    y = compute(g.transpose(x, [0, rank - 1, *range(1, rank - 1)]))
     return g.transpose(y, [0, *range(2, rank), 1])
 
 
