@@ -1,5 +1,8 @@
 """The converted file is plain ONNX: onnx's ReferenceEvaluator gives the maps that ONNX Runtime gives."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +15,8 @@ from tests.build import drawn, model, small_cnn
 from tests.maps import assert_maps_equal
 from tests.rules.harness import run
 
+ROOT = Path(__file__).parent.parent
+RUNNING = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
 MAPS = (*contract.METHODS, *contract.LAYER_OUTPUTS)
 
 
@@ -72,3 +77,21 @@ def test_no_mask_is_written_with_a_coefficient_of_zero():
     masks = [node for node in explained.graph.node if node.op_type == "HardSigmoid"]
     assert masks
     assert all(attribute.f for node in masks for attribute in node.attribute)
+
+
+def test_running_md_makes_the_files_that_its_programs_take(tmp_path, monkeypatch):
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(re.findall(r"```python\n(.*?)```", RUNNING, re.S)[0], "running.md", "exec"), {})
+    image = np.fromfile("image.bin", np.float32).reshape(1, 3, 224, 224)
+    got = run(onnx.load("explained.onnx"), {"image": image, "target": np.array([968])})
+    assert got["target_class"] == [968] and got["gradcam"].max() > 0
+
+
+@pytest.mark.parametrize("language", ["cpp", "csharp", "java", "js", "html", "python"])
+def test_the_programs_of_running_md_know_the_files_names(language):
+    """scripts/elsewhere_table.py runs them; here the names in them are held to those of the file."""
+    program = re.findall(rf"```{language}\n(.*?)```", RUNNING, re.S)[-1]
+    quoted = set(re.findall(r"""["'.\[](target\w*|graphgbp\.\w+|gradcam)\b""", program))
+    assert contract.TARGET in quoted and contract.TARGET_CLASS in quoted
+    assert quoted <= {contract.TARGET, contract.TARGET_CLASS, contract.GRADCAM, contract.MANIFEST_KEY}
