@@ -5,7 +5,7 @@ computes; the last of them make the node's own outputs. What the file does not h
 gradient reads it. Half-precision inputs come to a form as float32: a fused kernel keeps its inner values there too.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from graphgbp.registry import since_version
 MICROSOFT = "com.microsoft"
 HALVES = ("float16", "bfloat16")
 
-Form: TypeAlias = Callable[..., gs.Tensor | Sequence[gs.Tensor] | None]
+Form: TypeAlias = Callable[..., gs.Tensor | Sequence[gs.Tensor | None] | None]
 
 
 class NotPlainError(Exception):
@@ -44,7 +44,8 @@ def plain(
 ) -> Callable[[Form], Form]:
     """Register a form for the listed since_versions of an operator; the form itself is returned unchanged.
 
-    A form returns its one output or a sequence of the first outputs, and None where the node is plain already.
+    A form returns its one output or a sequence of the first outputs (None for one that it does not make), and None
+    alone where the node is plain already.
     """
 
     def register(form: Form) -> Form:
@@ -90,10 +91,11 @@ def expand(g: Emitter, node: gs.Node, entry: Entry) -> list[gs.Node] | None:
     if made is None:
         g.discard(start)
         return None
-    results = [made] if isinstance(made, gs.Tensor) else list(made)
+    made = [made] if isinstance(made, gs.Tensor) else made
+    results = {index: y for index, y in enumerate(made) if y is not None and index < len(node.outputs)}
     if not entry.keeps:
-        _refuse_others(g, node, len(results), start)
-    for index, result in enumerate(results[: len(node.outputs)]):
+        _refuse_others(g, node, results, start)
+    for index, result in results.items():
         if node.outputs[index].name:
             _make(g, node, index, result, start)
             if entry.keeps:  # where it runs again, ONNX wants all its outputs
@@ -114,10 +116,10 @@ def is_half(x: gs.Tensor) -> bool:
     return x.dtype is not None and not isinstance(x.dtype, int) and np.dtype(x.dtype).name in HALVES
 
 
-def _refuse_others(g: Emitter, node: gs.Node, count: int, start: int) -> None:
+def _refuse_others(g: Emitter, node: gs.Node, made: Collection[int], start: int) -> None:
     """Raise for an output that the form does not make and somebody reads."""
-    for index, y in enumerate(node.outputs[count:], count):
-        if y.name and (y.outputs or any(y is output for output in g.graph.outputs)):
+    for index, y in enumerate(node.outputs):
+        if index not in made and y.name and (y.outputs or any(y is output for output in g.graph.outputs)):
             g.discard(start)
             raise NotPlainError(f"its output {index} ('{y.name}') is read, and no gradient passes it")
 

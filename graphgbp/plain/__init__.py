@@ -1,5 +1,23 @@
 """Forms of fused and quantised nodes, one family per file; importing the package fills graphgbp.forms."""
 
-from graphgbp.plain import fused, quantised, quantised_layers, quantised_products
+from graphgbp.plain import (
+    attention,
+    contributed,
+    fused,
+    gelus,
+    normalization,
+    quantised,
+    quantised_layers,
+    quantised_products,
+)
 
-__all__ = ["fused", "quantised", "quantised_layers", "quantised_products"]
+__all__ = [
+    "attention",
+    "contributed",
+    "fused",
+    "gelus",
+    "normalization",
+    "quantised",
+    "quantised_layers",
+    "quantised_products",
+]

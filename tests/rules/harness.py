@@ -57,7 +57,7 @@ def single_op(
         results[0].type.CopyFrom(infos[0].type)
     graph = helper.make_graph([node], "single", infos, results, initializers)
     imports = [helper.make_opsetid("", opset)]
-    if "domain" in attributes:
+    if attributes.get("domain"):
         imports.append(helper.make_opsetid(attributes["domain"], 1))
     model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
     return model if op in NOT_INFERRED else onnx.shape_inference.infer_shapes(model, strict_mode=True)
@@ -97,10 +97,24 @@ def check_rule(
     Inputs outside `wrt` are constants unless `constants` says which are. The tolerance is relative to the largest
     entry of the gradient. `evaluate` runs the model where ONNX Runtime has no kernel for the operator.
     """
-    rng = np.random.default_rng(0)
     if constants is None:
         constants = [index for index in range(len(inputs)) if index not in wrt]
     model = single_op(op, inputs, opset=opset, outputs=outputs, constants=constants, dynamic=dynamic, **attributes)
+    check_model(model, inputs, reference, wrt=wrt, tolerance=tolerance, evaluate=evaluate)
+
+
+def check_model(
+    model: onnx.ModelProto,
+    inputs: Sequence[np.ndarray | None],
+    reference: TorchFunction,
+    *,
+    wrt: Sequence[int],
+    tolerance: float,
+    evaluate: Evaluate | None = None,
+) -> None:
+    """As `check_rule`, of a model of one node whose inputs are named x0, x1, ... and its outputs y0, y1, ..."""
+    rng = np.random.default_rng(0)
+    op = model.graph.node[0].op_type
     tensors = [None if value is None else _to_torch(value, index in wrt) for index, value in enumerate(inputs)]
     results = reference(*tensors)
     results = results if isinstance(results, tuple) else (results,)
@@ -118,7 +132,8 @@ def check_rule(
         onnx.checker.check_model(explained)
     if not missing_kernels(CUDA, model, model.graph.node):
         assert not missing_kernels(CUDA, explained, explained.graph.node)
-    feeds = {f"x{i}": value for i, value in enumerate(inputs) if value is not None and i not in constants}
+    given = {value.name for value in model.graph.input}
+    feeds = {f"x{i}": value for i, value in enumerate(inputs) if f"x{i}" in given}
     feeds |= {f"{name}_grad": dy for name, dy in zip(names, cotangents, strict=True)}
     got = (evaluate or run)(explained, feeds)
     for name, result in zip(names, results, strict=True):
