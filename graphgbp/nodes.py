@@ -1,7 +1,7 @@
 """Reading nodes of an onnx_graphsurgeon graph: their names, their order, what they read, their ONNX form."""
 
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -36,6 +36,25 @@ def topological_order(graph: gs.Graph) -> list[gs.Node]:
     if len(order) < len(waiting):
         stuck = next(node for node, count in zip(graph.nodes, waiting, strict=True) if count)
         raise ModelFileError(f"the graph has a cycle through node '{label(stuck)}'; it cannot be run or explained")
+    return order
+
+
+def in_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Nodes without subgraphs and without a cycle, producers before consumers."""
+    maker = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    waiting = [{maker[name] for name in node.input if name in maker} for node in nodes]
+    readers: list[list[int]] = [[] for _ in nodes]
+    for index, made_by in enumerate(waiting):
+        for source in made_by:
+            readers[source].append(index)
+    ready, order = deque(index for index, made_by in enumerate(waiting) if not made_by), []
+    while ready:
+        index = ready.popleft()
+        order.append(nodes[index])
+        for reader in readers[index]:
+            waiting[reader].discard(index)
+            if not waiting[reader]:
+                ready.append(reader)
     return order
 
 

@@ -26,9 +26,9 @@ from graphgbp.folding import FOLD_LIMIT, fold, read_constants
 from graphgbp.functions import see_through_functions
 from graphgbp.inference import sizes_as_declared, type_outputs, whole_graph_types
 from graphgbp.model_file import tensor_names, with_readable_text, with_small_weights
-from graphgbp.nodes import free_path, label, node_proto, topological_order
+from graphgbp.nodes import free_path, in_order, label, node_proto, topological_order
 from graphgbp.plain import units
-from graphgbp.plain.quantised import dequantized
+from graphgbp.plain.quantised import dequantized, quantized_in_plain_nodes
 from graphgbp.sizes import Sizes
 from graphgbp.stored import show_as_float32
 from graphgbp.view import View
@@ -64,10 +64,11 @@ def flatten(model: onnx.ModelProto, folder: Path | None = None) -> View:
     _refuse_undefined(graph)
     view = View(graph, opsets, seen_through=dict(calls))
     read_constants(graph.nodes)
-    chains = _infer(view, model, seen)
+    copies = units.copies(seen)
+    chains = _infer(view, model, seen, copies.quantised)
     for node in graph.nodes:
         _fill_defaults(node, opsets)
-    _recompute(view, tensor_names(model), units.copies(seen), chains)
+    _recompute(view, tensor_names(model), copies.nodes, chains)
     return view
 
 
@@ -80,13 +81,13 @@ def _recompute(
     view.constants = {
         x.name: x.values for node in nodes for x in node.inputs if isinstance(x, gs.Constant) and x.name not in there
     }
-    view.twins |= {name: units.copy_of(name) for name in copies}
-    unique = {id(copy): copy for copy in copies.values()}
-    protos = [node_proto(node) for node in nodes]
-    view.recomputed = [*protos[: len(chains)], *unique.values(), *protos[len(chains) :]]
-    for proto in view.recomputed:
+    view.twins |= {name: units.copy_of(name) for name in copies if name not in view.twins}
+    unique = {id(copy): copy for name, copy in copies.items() if view.twins[name] in copy.output}
+    protos = [*map(node_proto, nodes), *unique.values()]
+    for proto in protos:
         proto.input[:] = [view.twins.get(name, name) for name in proto.input]
         proto.name = proto.name if proto.name.startswith(f"{RECOMPUTED}/") else f"{RECOMPUTED}/{proto.name}"
+    view.recomputed = in_order(protos)
     for node in chains:
         node.inputs.clear()
         node.outputs.clear()
@@ -103,11 +104,12 @@ def _refuse_undefined(graph: gs.Graph) -> None:
                 )
 
 
-def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto) -> list[gs.Node]:
+def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto, signed: Collection[str]) -> list[gs.Node]:
     """Type every tensor in order and fold what depends on constants alone. Only inputs' declared shapes count.
 
     An If that this settles is replaced by its branch, a fused or quantised node by what it stands for. What comes back
-    are nodes that make dequantised tensors again, for those who must not read the model's own.
+    are nodes that make dequantised tensors again, and the quantised ones in `signed`, for those who must not read the
+    model's own.
     """
     known = whole_graph_types(seen)
     for tensor in view.graph.inputs:
@@ -134,6 +136,8 @@ def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto) -> list[gs
             fold(node, view.opsets, sizes)
             if node.op == "DequantizeLinear" and node.outputs and node.outputs[0].name in there:
                 chains += _dequantised_again(view, g, node)
+            if node.op == "QuantizeLinear" and node.outputs[0].name in signed:
+                chains += _quantised_again(view, g, node)
     view.graph.nodes[:] = done
     return chains
 
@@ -197,6 +201,15 @@ def _defaults(domain: str, op: str, opset: int) -> dict[str, Any]:
         for name, attribute in schema.attributes.items()
         if attribute.default_value.type
     }
+
+
+def _quantised_again(view: View, g: Emitter, node: gs.Node) -> list[gs.Node]:
+    """Nodes that quantise in plain operators, of which the runtime knows nothing."""
+    x, scale, zero_point = node.inputs
+    q, start = node.outputs[0], len(g.nodes)
+    with g.scope(q.name):
+        view.twins[q.name] = quantized_in_plain_nodes(g, x, scale, zero_point, node.attrs.get("axis", 1)).name
+    return g.nodes[start:]
 
 
 def _fill_defaults(node: gs.Node, opsets: dict[str, int]) -> None:

@@ -43,6 +43,15 @@ def _along(g: Emitter, values: gs.Tensor, q: gs.Tensor, axis: int) -> gs.Tensor:
     return g.reshape(values, sizes)
 
 
+def quantized_in_plain_nodes(g: Emitter, x: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor, axis: int) -> gs.Tensor:
+    """clip(round(x / s) + z), in the zero point's type."""
+    kind = np.iinfo(zero_point.dtype)
+    rounded = g.op("Round", g.div(g.cast(x, np.float32), _along(g, g.cast(scale, np.float32), x, axis)))
+    shifted = g.add(rounded, _along(g, g.cast(zero_point, np.float32), x, axis))
+    clipped = g.op("Clip", shifted, g.constant(np.float32(kind.min)), g.constant(np.float32(kind.max)))
+    return g.cast(clipped, zero_point.dtype)
+
+
 def quantized(g: Emitter, y: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor, axis: int = 1) -> gs.Tensor:
     """y as the quantiser stores it, behind the ReLU that it swallowed, if it did."""
     return g.op(
