@@ -50,7 +50,7 @@ def spell_out_defaults(model: onnx.ModelProto) -> None:
     functions = {_key(function.domain, function.name, function.overload): function for function in model.functions}
     bodies = [model.graph.node, *(function.node for function in model.functions)]
     for nodes in bodies:
-        for node in _all_nodes(nodes):
+        for node in all_nodes(nodes):
             function = functions.get(_key(node.domain, node.op_type, node.overload))
             given = {attribute.name for attribute in node.attribute}
             node.attribute.extend(a for a in (function.attribute_proto if function else ()) if a.name not in given)
@@ -110,7 +110,7 @@ class _Calls:
 
     def _refuse_other_opset(self, function: onnx.FunctionProto) -> None:
         opsets = _opsets(function.opset_import)
-        for node in _all_nodes(function.node):
+        for node in all_nodes(function.node):
             domain = _domain(node.domain)
             if _key(node.domain, node.op_type, node.overload) in self._functions:
                 continue
@@ -187,12 +187,12 @@ class _Body:
             self._bind(node)
 
 
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     """The nodes and those of their subgraphs."""
     for node in nodes:
         yield node
         for graph in _subgraphs(node):
-            yield from _all_nodes(graph.node)
+            yield from all_nodes(graph.node)
 
 
 def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

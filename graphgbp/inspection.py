@@ -76,7 +76,8 @@ def inspect(
 
     `score`, `target`, `target_tensor`, `class_axis`, `inputs` and `output` are those of `convert`: what is said is what
     such a conversion does. Raises ModelFileError where it is no usable ONNX model, OpsetError where it cannot be raised
-    to opset 16, RequestError for options that contradict each other.
+    to opset 16, UnsupportedError where ONNX Runtime saved it for one machine, RequestError for options that contradict
+    each other.
     """
     request = Request(score, target, target_tensor, class_axis, names("inputs", inputs) or None, output)
     source = read(model)

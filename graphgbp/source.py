@@ -7,7 +7,9 @@ from typing import Any, TypeAlias
 import onnx
 
 from graphgbp import model_file
-from graphgbp.errors import ModelFileError, OpsetError, RequestError
+from graphgbp.errors import ModelFileError, OpsetError, RequestError, UnsupportedError
+from graphgbp.forms import MICROSOFT
+from graphgbp.functions import all_nodes
 from graphgbp.model_file import PathLike
 from graphgbp.opset import raise_opset
 
@@ -15,6 +17,11 @@ ModelLike: TypeAlias = PathLike | onnx.ModelProto
 
 NEWEST_OPSET = 26
 """The newest opset whose operators were read, and that ONNX Runtime runs."""
+
+_LAYOUTS = {
+    "com.microsoft.nchwc": "ONNX Runtime's blocked layout for one kind of CPU",
+    "com.ms.internal.nhwc": "the layout of one of ONNX Runtime's execution providers",
+}
 
 
 def open_source(model: ModelLike) -> tuple[onnx.ModelProto, dict[str, Any]]:
@@ -47,7 +54,11 @@ def weights_folder(model: ModelLike) -> Path | None:
 
 
 def raised(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto, dict[str, Any] | None]:
-    """The model at opset 16 or newer, and what raising it took; the model itself where it is there already."""
+    """The model at opset 16 or newer, and what raising it took; the model itself where it is there already.
+
+    Raises UnsupportedError for a file that ONNX Runtime saved for one machine.
+    """
+    _refuse_bound(model)
     versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     if not versions:
         raise ModelFileError("the model imports no ai.onnx opset; export it again")
@@ -57,3 +68,19 @@ def raised(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto
             f"export it at opset {NEWEST_OPSET} or older"
         )
     return raise_opset(model, folder)
+
+
+def _refuse_bound(model: onnx.ModelProto) -> None:
+    """Raise for nodes that only the machine can read for which the file was saved."""
+    for node in all_nodes(model.graph.node):
+        name = f"node '{node.name or next(filter(None, node.output), '')}' ({node.op_type})"
+        if node.domain in _LAYOUTS:
+            raise UnsupportedError(
+                f"the model was saved in {_LAYOUTS[node.domain]} ({node.domain}, as of {name}), which no gradient can "
+                "read; save it with graph_optimization_level ORT_ENABLE_EXTENDED, or convert the model it was made from"
+            )
+        if (node.domain, node.op_type) == (MICROSOFT, "EPContext"):
+            raise UnsupportedError(
+                f"{name} holds a part of the model that was compiled for one device, and no operators of it; convert "
+                "the model that it was compiled from"
+            )
