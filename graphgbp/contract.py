@@ -43,6 +43,9 @@ MANIFEST_VERSION = 1
 
 PREDICTED = -1
 
+ORT_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's session option: where the weights of a model lie that it is given as bytes."""
+
 
 @dataclass(frozen=True)
 class Manifest:

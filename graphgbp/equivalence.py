@@ -1,11 +1,14 @@
 """Do two models compute the same? Both are run by ONNX Runtime, as they are written, on the same random input."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper
+
+from graphgbp.contract import ORT_WEIGHTS_FOLDER
 
 Feeds = dict[str, np.ndarray]
 Size = int | str | None  # known, the symbol of an open one, or open without a symbol
@@ -18,30 +21,30 @@ class RunError(Exception):
     """ONNX Runtime cannot load or run the model; the text is its own, on one line."""
 
 
-def run(model: onnx.ModelProto, feeds: Feeds) -> list[Any]:
-    """The model's outputs on the CPU, with no optimisation; raises RunError."""
-    return _Session(model).run(feeds)
+def run(model: onnx.ModelProto, feeds: Feeds, folder: Path | None = None) -> list[Any]:
+    """The model's outputs on the CPU, with no optimisation; raises RunError. `folder` holds its external data."""
+    return Session(model, folder).run(feeds)
 
 
-def outputs_of(model: onnx.ModelProto, feeds: Feeds) -> dict[str, Any]:
+def outputs_of(model: onnx.ModelProto, feeds: Feeds, folder: Path | None = None) -> dict[str, Any]:
     """The model's outputs by name; feeds it has no input for are left out. Raises RunError."""
-    needed = {value.name for value in model.graph.input}
-    values = run(model, {name: x for name, x in feeds.items() if name in needed})
-    return dict(zip((output.name for output in model.graph.output), values, strict=True))
+    return Session(model, folder).outputs_of(feeds)
 
 
-def run_on_random_input(model: onnx.ModelProto, weights: Feeds) -> tuple[Feeds, list[Any] | None, list[str]]:
+def run_on_random_input(
+    model: onnx.ModelProto, weights: Feeds, folder: Path | None = None
+) -> tuple[Feeds, list[Any] | None, list[str]]:
     """Input on which the model runs, its outputs, and what was tried in vain before.
 
-    `weights` are inputs with a given value. An open batch size is 2, any other open size 64, else 224, else both with
-    a batch of 1. Outputs are None where the model runs on none of them.
+    `weights` are inputs with a given value, `folder` holds the external data of the others. An open batch size is 2,
+    any other open size 64, else 224, else both with a batch of 1. Outputs are None where it runs on none.
     """
     inputs = [value for value in model.graph.input if value.name not in weights]
     guesses = _GUESSES if any(_is_open(value) for value in inputs) else _GUESSES[:1]
     feeds: Feeds = {}
     failures: list[str] = []
     try:
-        session = _Session(model)
+        session = Session(model, folder)
         weights = {name: value for name, value in weights.items() if name in session.takes}
         for batch, size in guesses:
             feeds = _random_feeds(inputs, batch, size)
@@ -70,11 +73,16 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class _Session:
-    def __init__(self, model: onnx.ModelProto) -> None:
+class Session:
+    """A model in ONNX Runtime, on the CPU, with no optimisation and no copy of its weights. Raises RunError."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        if folder is not None:
+            options.add_session_config_entry(ORT_WEIGHTS_FOLDER, str(folder.absolute()))
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4  # what it reports, it also raises
         content = model.SerializeToString()
@@ -88,6 +96,12 @@ class _Session:
         """What can be fed: before IR version 4 no initializer, even where it is listed as an input."""
         values = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         return {value.name for value in values}
+
+    def outputs_of(self, feeds: Feeds) -> dict[str, Any]:
+        """The outputs by name; feeds the model has no input for are left out."""
+        takes = self.takes
+        values = self.run({name: x for name, x in feeds.items() if name in takes})
+        return dict(zip((output.name for output in self._session.get_outputs()), values, strict=True))
 
     def run(self, feeds: Feeds) -> list[Any]:
         try:

@@ -21,6 +21,7 @@ from graphgbp.errors import (
 from graphgbp.result import Ranked, Result
 from graphgbp.runtime import Answer, Session
 from graphgbp.source import ModelLike, read, weights_folder
+from graphgbp.weights import external_locations
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 
@@ -221,7 +222,7 @@ class Explainer:
 
 def _checked_model(model: ModelLike) -> ModelLike:
     if isinstance(model, onnx.ModelProto):
-        missing = model_file.external_locations(model)
+        missing = external_locations(model)
         if missing:
             raise MissingWeightsError(
                 f"the model keeps its weights in {model_file.describe(missing)}, and nothing says where that is; "

@@ -1,8 +1,9 @@
 """Results on disk: a file appears whole or not at all, and none is replaced unasked."""
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from graphgbp.errors import OutputError
@@ -13,11 +14,21 @@ def write_whole(path: Path, content: bytes) -> None:
 
     Raises OutputError where the folder is missing or closed to us, or the disk is full.
     """
+    _appear(path, lambda temporary: Path(temporary).write_bytes(content))
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file as `write_whole` writes one; the folder is made where it is missing."""
+    make_folder(path.parent)
+    _appear(path, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def _appear(path: Path, fill: Callable[[str], object]) -> None:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
+            fill(temporary)
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graphgbp.emit import elem_type
 from graphgbp.nodes import node_proto
@@ -33,10 +34,10 @@ def read_constants(nodes: Iterable[gs.Node]) -> None:
                 _fix(node.outputs[0], value)
 
 
-def _constant_value(node: gs.Node) -> np.ndarray | None:
+def _constant_value(node: gs.Node) -> np.ndarray | LazyValues | None:
     if "value" in node.attrs:
         value = node.attrs["value"]
-        return value.values if isinstance(value, gs.Constant) else np.asarray(value)
+        return value._values if isinstance(value, gs.Constant) else np.asarray(value)
     for key, dtype in (
         ("value_float", np.float32),
         ("value_floats", np.float32),
@@ -48,10 +49,10 @@ def _constant_value(node: gs.Node) -> np.ndarray | None:
     return None
 
 
-def _fix(tensor: gs.Tensor, value: np.ndarray | np.generic) -> None:
+def _fix(tensor: gs.Tensor, value: np.ndarray | np.generic | LazyValues) -> None:
     """Make a tensor known: every consumer sees a Constant."""
     tensor.inputs.clear()
-    tensor.to_constant(np.asarray(value))
+    tensor.to_constant(value if isinstance(value, LazyValues) else np.asarray(value))
 
 
 def fold(node: gs.Node, opsets: dict[str, int], sizes: Sizes) -> None:

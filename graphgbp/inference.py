@@ -1,6 +1,7 @@
 """The type of every tensor of a model: of the whole graph by ONNX's inference, and finer ones node by node."""
 
-import numpy as np
+from math import prod
+
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, shape_inference
@@ -20,16 +21,24 @@ def skeleton(model: onnx.ModelProto, limit: int = FOLD_LIMIT) -> onnx.ModelProto
     small.functions.extend(model.functions)
     graph = small.graph
     graph.name = model.graph.name or "graph"
-    graph.node.extend(model.graph.node)
+    large = large_weights(model, limit)
+    graph.node.extend(node for node in model.graph.node if large.keys().isdisjoint(node.output))
     graph.output.extend(model.graph.output)
     initializers = {tensor.name for tensor in model.graph.initializer}
     graph.input.extend(value for value in model.graph.input if value.name not in initializers)
-    for tensor in model.graph.initializer:
-        if np.prod(tensor.dims) > limit:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            graph.initializer.append(tensor)
+    for name, tensor in large.items():
+        graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in large)
     return small
+
+
+def large_weights(model: onnx.ModelProto, limit: int = FOLD_LIMIT) -> dict[str, onnx.TensorProto]:
+    """The weights of more than `limit` elements in the main graph, initializers and Constant nodes, by name."""
+    named = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            named.update((node.output[0], entry.t) for entry in node.attribute if entry.name == "value")
+    return {name: tensor for name, tensor in named.items() if prod(tensor.dims) > limit}
 
 
 def type_outputs(node: gs.Node, opsets: dict[str, int], known: dict[str, TensorType], sizes: Sizes) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx.external_data_helper import uses_external_data
 
 from graphgbp import model_file
 from graphgbp import target as targets
@@ -20,6 +21,7 @@ from graphgbp.prepare import prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
 from graphgbp.stored import Stored
 from graphgbp.view import View
+from graphgbp.weights import external_locations, locate, size, tensors
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Inspection:
     `methods` are those that `convert` accepts with its other options left alone, `target_inputs` the inputs that the
     converted file takes beside the model's own. `problems` says in words what stands in the way of the others (no
     float input, an ambiguous score, no layer, ...); `gaps` lists the nodes on the path that have no derivative rule.
-    `rectifiers` are masked by the
-    guided rule, `passed_through` (smooth and leaky activations) only where that is asked for, `not_rectifiers` never:
-    they only look like it; each with its reason.
+    `weights` says how many bytes of them are `inline`, in the file itself, and how many each `external` file has, by
+    its location. `rectifiers` are masked by the guided rule, `passed_through` (smooth and leaky activations) only where
+    that is asked for, `not_rectifiers` never: they only look like it; each with its reason.
     """
 
     file: str | None
@@ -41,6 +43,7 @@ class Inspection:
     nodes: int
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
+    weights: dict[str, Any]
     converted: dict[str, Any] | None
     explained: list[dict[str, Any]] = field(default_factory=list)
     score: dict[str, Any] | None = None
@@ -94,9 +97,16 @@ def inspect(
         nodes=len(source.graph.node),
         inputs=[_describe(tensor, view.stored) for tensor in view.graph.inputs],
         outputs=[_describe(tensor, view.stored) for tensor in view.graph.outputs],
+        weights=_weights(source, path),
         converted=None if manifest is None else asdict(manifest),
         **findings,
     )
+
+
+def _weights(model: onnx.ModelProto, path: Path | None) -> dict[str, Any]:
+    inline = sum(size(tensor) for tensor in tensors(model) if not uses_external_data(tensor))
+    files = external_locations(model)
+    return {"inline": inline, "external": {name: locate(path.parent, name).stat().st_size for name in files if path}}
 
 
 def _findings(view: View, request: Request) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The vector-Jacobian product of any outputs by any inputs, appended to a model."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -27,7 +29,18 @@ def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence
     Raises UnsupportedOperatorError, RequestError for a name that is no float input or output, ModelFileError.
     """
     source, record = open_source(model)
-    view = prepare(source, weights_folder(model), halves=False)
+    return append_vjp(source, record, weights_folder(model), inputs, outputs)
+
+
+def append_vjp(
+    source: onnx.ModelProto,
+    record: dict[str, Any],
+    folder: Path | None,
+    inputs: Sequence[str] | None,
+    outputs: Sequence[str] | None,
+) -> onnx.ModelProto:
+    """`vjp` of a model of our own, which is changed; `record` is what the manifest says of its source."""
+    view = prepare(source, folder, halves=False)
     g = Emitter(view.graph, view.opset)
     wanted = _choose(inputs, view.graph.inputs, "input")
     seeded = _choose(outputs, view.graph.outputs, "output")

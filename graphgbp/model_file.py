@@ -1,127 +1,75 @@
 """Load, check, fingerprint and save model files; external data; the manifest's place in the file."""
 
+import filecmp
 import hashlib
-import math
+import mmap
 import os
-import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from graphgbp.contract import MANIFEST_KEY, Manifest
-from graphgbp.errors import AlreadyConvertedError, MissingWeightsError, ModelFileError, OutputError
-from graphgbp.files import write_whole
+from graphgbp.errors import AlreadyConvertedError, ModelFileError, OutputError, RequestError
+from graphgbp.files import copy_whole, write_whole
+from graphgbp.weights import attributes, external_locations, locate, place, require_external_data
 
 PathLike = str | os.PathLike[str]
+Weights: TypeAlias = Literal["auto", "reference", "copy"]
+WEIGHTS: tuple[Weights, ...] = ("auto", "reference", "copy")
+
+_digests: dict[tuple[int, ...], str] = {}
+_SETTLED = 2_000_000_000  # nanoseconds: longer than any file system's clock takes for a tick
 
 
 def load(path: PathLike) -> onnx.ModelProto:
     """Read an ONNX file. Weights kept in external files stay there, and must be there.
 
-    Raises ModelFileError where the file is missing, truncated or not ONNX, MissingWeightsError where external
-    data is not found.
+    Raises ModelFileError where the file is missing, truncated or not ONNX, or keeps weights outside its folder;
+    MissingWeightsError where a file of weights is not found or cut short.
     """
     path = Path(path)
+    model = onnx.ModelProto()
     try:
-        content = path.read_bytes()
+        with _mapped(path) as content:
+            model.ParseFromString(content)  # type: ignore[arg-type]  # it takes any bytes
     except FileNotFoundError:
         raise ModelFileError(f"no file '{path}'; check the path") from None
     except OSError as error:
         raise ModelFileError(f"cannot read '{path}': {error.strerror}") from None
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(content)
     except DecodeError:
         raise ModelFileError(f"'{path}' is not an ONNX file, or it is truncated; export or copy it again") from None
     if not model.graph.node or not model.opset_import:
         raise ModelFileError(f"'{path}' is not an ONNX model: it holds no graph; export it again")
-    _require_external_data(model, path)
+    require_external_data(model, path.parent)
     return model
 
 
-def _require_external_data(model: onnx.ModelProto, path: Path) -> None:
-    missing = [location for location in external_locations(model) if not (path.parent / location).is_file()]
-    if missing:
-        names = ", ".join(f"'{location}'" for location in missing)
-        raise MissingWeightsError(
-            f"'{path}' keeps its weights in {names}, not found beside it; put the file there or export the model again"
-        )
-
-
-def external_locations(model: onnx.ModelProto) -> list[str]:
-    """The files, relative to the model's folder, that hold its weights; in order of first use."""
-    found = {
-        entry.value: None
-        for tensor in _tensors(model)
-        if uses_external_data(tensor)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return list(found)
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from model.graph.initializer
-    for attribute in _attributes_of(model):
-        yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
-        for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-            yield from inner.initializer
-
-
-def _attributes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.AttributeProto]:
-    """The attributes of nodes and of the nodes inside them."""
-    for node in nodes:
-        for attribute in node.attribute:
-            yield attribute
-            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _attributes(inner.node)
-
-
-def with_small_weights(model: onnx.ModelProto, folder: Path | None, limit: int) -> onnx.ModelProto:
-    """The model with external weights of up to `limit` elements read in; itself where it has none.
-
-    Raises MissingWeightsError where they cannot be read.
-    """
-    locations = external_locations(model)
-    if not locations:
-        return model
-    if folder is None:
-        raise MissingWeightsError(
-            f"the model keeps its weights in {describe(locations)}, and nothing says where that is; give the path of "
-            "the model, or read it with onnx.load(path)"
-        )
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for tensor in _tensors(copy):
-        if uses_external_data(tensor) and math.prod(tensor.dims) <= limit:
-            try:
-                load_external_data_for_tensor(tensor, str(folder))
-            except (OSError, ValueError, onnx.checker.ValidationError) as error:
-                raise MissingWeightsError(f"weight '{tensor.name}' cannot be read from its file: {error}") from None
-            tensor.ClearField("data_location")
-            del tensor.external_data[:]
-    return copy
+@contextmanager
+def _mapped(path: Path) -> Iterator[memoryview | bytes]:
+    """The content of a file, not read into memory."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            yield b""  # which cannot be mapped
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+            yield view
 
 
 def with_readable_text(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with text attributes that are no UTF-8 (serialized settings, say) escaped; itself where all are."""
-    if all(_escaped(text) == text for attribute in _attributes_of(model) for text in (attribute.s, *attribute.strings)):
+    if all(_escaped(text) == text for attribute in attributes(model) for text in (attribute.s, *attribute.strings)):
         return model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    for attribute in _attributes_of(copy):
+    for attribute in attributes(copy):
         attribute.s = _escaped(attribute.s)
         attribute.strings[:] = [_escaped(text) for text in attribute.strings]
     return copy
-
-
-def _attributes_of(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
-    for nodes in (model.graph.node, *(function.node for function in model.functions)):
-        yield from _attributes(nodes)
 
 
 def _escaped(text: bytes) -> bytes:
@@ -135,13 +83,22 @@ def fingerprint(model: PathLike | onnx.ModelProto, locations: Sequence[str]) -> 
     path = Path(model)
     source: dict[str, Any] = {"sha256": _sha256(path)}
     if locations:
-        source["external_data"] = {location: _sha256(path.parent / location) for location in locations}
+        source["external_data"] = {location: _sha256(locate(path.parent, location)) for location in locations}
     return source
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Remembered as long as the file stays as it is; for one that was just written its time does not tell."""
+    state = path.stat()
+    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    if key not in _digests:
+        settled = time.time_ns() - state.st_mtime_ns > _SETTLED
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not settled:
+            return digest
+        _digests[key] = digest
+    return _digests[key]
 
 
 def read_manifest(model: onnx.ModelProto) -> Manifest | None:
@@ -173,35 +130,69 @@ def verdict(model: onnx.ModelProto) -> str | None:
     return None
 
 
-def save(model: onnx.ModelProto, path: PathLike, *, weights_from: PathLike | None = None) -> None:
+def save(
+    model: onnx.ModelProto, path: PathLike, *, weights_from: PathLike | None = None, weights: Weights = "auto"
+) -> None:
     """Write a model; the file appears whole or not at all.
 
-    `weights_from` is the folder that holds the model's external data, where it has any: those files are copied
-    beside the new one unless they are there already.
+    Args:
+        model: what `convert` or `vjp` gave.
+        path: where to. A file of that name is replaced.
+        weights_from: the folder of the files in which the model keeps its weights, where it does: that of its source.
+            By default the folder written to.
+        weights: what becomes of those files. "reference": nothing, the new file reads them where they lie; ONNX Runtime
+            allows that in the file's own folder and below it alone, so `path` must be in `weights_from`. "copy": they
+            are copied beside the new file, which must be in another folder. "auto": the first where it can be, else
+            the second. None is ever overwritten: one that is there already must be equal. Weights that are in the
+            model itself are written with it.
 
-    Raises OutputError where the file cannot be written, MissingWeightsError where its weights would be missing.
+    Raises OutputError where a file cannot be written or another of that name is in the way, MissingWeightsError where
+    weights are not found or cut short, ModelFileError where they are not those of the conversion or lie outside the
+    folder, RequestError where `weights` cannot be had.
     """
     path = Path(path)
-    _bring_weights(model, path, None if weights_from is None else Path(weights_from))
+    if weights not in WEIGHTS:
+        raise RequestError(f"weights={weights!r} is unknown; choose {describe(WEIGHTS)}")
+    if external_locations(model):
+        _bring_weights(model, path, path.parent if weights_from is None else Path(weights_from), weights)
     write_whole(path, model.SerializeToString(deterministic=True))
 
 
-def _bring_weights(model: onnx.ModelProto, path: Path, folder: Path | None) -> None:
+def _bring_weights(model: onnx.ModelProto, path: Path, folder: Path, weights: Weights) -> None:
+    """See that the files of weights are beside the new one."""
+    require_external_data(model, folder)
+    _refuse_other_weights(model, folder)
     for location in external_locations(model):
-        wanted = path.parent / location
-        if wanted.is_file():
-            continue
-        if folder is None or not (folder / location).is_file():
-            raise MissingWeightsError(
-                f"the model keeps its weights in '{location}', which is not in '{path.parent}'; "
-                "pass weights_from=<folder that holds it>"
+        source, wanted = folder / location, place(path.parent, location)
+        if wanted.exists() and wanted.samefile(source):
+            if weights == "copy":
+                raise RequestError(
+                    f"weights='copy' needs another folder: '{wanted}' is where the model's weights lie, and a copy has "
+                    "the same name; write to another folder, or use weights='reference'"
+                )
+        elif weights == "reference":
+            raise RequestError(
+                f"weights='reference' needs the folder of the weights: ONNX Runtime loads '{source}' for no file "
+                f"outside '{folder}'; write to that folder, or use weights='copy'"
             )
-        try:
-            wanted.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / location, wanted)
-        except OSError as error:
-            wanted.unlink(missing_ok=True)
-            raise OutputError(f"cannot write '{wanted}': {error.strerror or error}") from None
+        elif not wanted.exists():
+            copy_whole(source, wanted)
+        elif not (wanted.is_file() and filecmp.cmp(source, wanted, shallow=False)):
+            raise OutputError(
+                f"'{wanted}' is there already and holds something else than the model's weights '{source}'; move it "
+                "away or write to another folder"
+            )
+
+
+def _refuse_other_weights(model: onnx.ModelProto, folder: Path) -> None:
+    """The files are those that the manifest names: another model's may have the same names and sizes."""
+    manifest = read_manifest(model)
+    for location, sha256 in (manifest.source if manifest else {}).get("external_data", {}).items():
+        if _sha256(folder / location) != sha256:
+            raise ModelFileError(
+                f"'{folder / location}' does not hold the weights that the model was converted with; pass "
+                "weights_from=<the folder of its source>, or convert it again"
+            )
 
 
 def tensor_names(model: onnx.ModelProto) -> set[str]:

@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, inliner, numpy_helper, shape_inference, version_converter
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx import helper, inliner, shape_inference, version_converter
+from onnx.external_data_helper import uses_external_data
 
 from graphgbp.contract import SCOPE
 from graphgbp.equivalence import Feeds, RunError, difference, one_line, run, run_on_random_input
-from graphgbp.errors import MissingWeightsError, OpsetError
+from graphgbp.errors import OpsetError
 from graphgbp.functions import spell_out_defaults
-from graphgbp.inference import skeleton
+from graphgbp.inference import large_weights, skeleton
+from graphgbp.weights import read_in, values
 
 RAISED_TO = 16
 TOLERANCE = 1e-5  # relative to the output's largest value
@@ -61,9 +62,10 @@ def raise_opset(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.Model
             f"the model has opset {source}, and ONNX's converter cannot raise it to {RAISED_TO}: {one_line(error)}; "
             f"{_ADVICE}"
         ) from None
-    nodes = list(_raised_nodes(inlined.graph, converted.graph, {}, mended))
-    raised = _with_nodes(model, nodes)
-    shapes = _prove(bare, _with_nodes(bare, nodes), weights, source)
+    nodes = list(_raised_nodes(inlined.graph, converted.graph, {}, mended, folder))
+    constants = [node for node in model.graph.node if not weights.keys().isdisjoint(node.output)]
+    raised = _with_nodes(model, [*constants, *nodes])
+    shapes = _prove(bare, _with_nodes(bare, nodes), weights, folder, source)
     return raised, {"source": source, "raised_to": RAISED_TO, "mended": mended, "compared_on": shapes}
 
 
@@ -73,28 +75,9 @@ def raise_opset(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.Model
 def _without_weights(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto, Feeds]:
     """The model with its large weights as inputs, and those weights: no copy of them, no 2 GB limit."""
     bare = skeleton(model)
-    for tensor in bare.graph.initializer:
-        tensor.CopyFrom(_loaded(tensor, folder))
-    small = {tensor.name for tensor in bare.graph.initializer}
-    large = [tensor for tensor in model.graph.initializer if tensor.name not in small]
-    return bare, {tensor.name: numpy_helper.to_array(_loaded(tensor, folder)) for tensor in large}
-
-
-def _loaded(tensor: onnx.TensorProto, folder: Path | None) -> onnx.TensorProto:
-    if not uses_external_data(tensor):
-        return tensor
-    if folder is None:
-        raise MissingWeightsError(
-            f"weight '{tensor.name}' is kept in an external file, and the model must be run to be raised to opset "
-            f"{RAISED_TO}; pass the path of the model's file instead of the model"
-        )
-    copy = onnx.TensorProto()
-    copy.CopyFrom(tensor)
-    try:
-        load_external_data_for_tensor(copy, str(folder))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise MissingWeightsError(f"weight '{tensor.name}' cannot be read from its file: {one_line(error)}") from None
-    return copy
+    for tensor in filter(uses_external_data, bare.graph.initializer):
+        read_in(tensor, folder)
+    return bare, {name: values(tensor, folder) for name, tensor in large_weights(model).items()}
 
 
 def _prepared(model: onnx.ModelProto, source: int) -> onnx.ModelProto:
@@ -114,14 +97,14 @@ def _prepared(model: onnx.ModelProto, source: int) -> onnx.ModelProto:
 
 
 def _raised_nodes(
-    old: onnx.GraphProto, new: onnx.GraphProto, outer: Constants, mended: list[str]
+    old: onnx.GraphProto, new: onnx.GraphProto, outer: Constants, mended: list[str], folder: Path | None
 ) -> Iterator[onnx.NodeProto]:
     """The converter's nodes, with those set aside mended; what it should not have touched is the original's."""
     kept = {tensor.name for tensor in old.initializer}
     for tensor in new.initializer:
         if tensor.name not in kept:
             yield helper.make_node("Constant", [], [tensor.name], value=tensor)
-    constants = {**outer, **_constants(old)}
+    constants = {**outer, **_constants(old, folder)}
     originals = {_output(node): node for node in old.node}
     for node in new.node:
         original = originals.get(_output(node))
@@ -136,16 +119,18 @@ def _raised_nodes(
         elif node.op_type == "Constant":
             yield original
         else:
-            _keep_subgraphs(original, node, constants, mended)
+            _keep_subgraphs(original, node, constants, mended, folder)
             node.metadata_props.extend(original.metadata_props)
             yield node
 
 
-def _keep_subgraphs(old: onnx.NodeProto, new: onnx.NodeProto, constants: Constants, mended: list[str]) -> None:
+def _keep_subgraphs(
+    old: onnx.NodeProto, new: onnx.NodeProto, constants: Constants, mended: list[str], folder: Path | None
+) -> None:
     originals = {attribute.name: attribute.g for attribute in old.attribute if attribute.HasField("g")}
     for attribute in new.attribute:
         if attribute.HasField("g"):
-            nodes = list(_raised_nodes(originals[attribute.name], attribute.g, constants, mended))
+            nodes = list(_raised_nodes(originals[attribute.name], attribute.g, constants, mended, folder))
             attribute.g.CopyFrom(originals[attribute.name])
             del attribute.g.node[:]
             attribute.g.node.extend(nodes)
@@ -233,9 +218,11 @@ _MENDS: dict[str, tuple[range, Mend]] = {  # the opsets from which the converter
 # -- the proof ----------------------------------------------------------------------------------------------
 
 
-def _prove(old: onnx.ModelProto, new: onnx.ModelProto, weights: Feeds, source: int) -> dict[str, list[int]]:
+def _prove(
+    old: onnx.ModelProto, new: onnx.ModelProto, weights: Feeds, folder: Path | None, source: int
+) -> dict[str, list[int]]:
     """Run both on the same random input; the input shapes they agree on."""
-    feeds, outputs, failures = run_on_random_input(old, weights)
+    feeds, outputs, failures = run_on_random_input(old, weights, folder)
     if outputs is None:
         raise OpsetError(
             f"the model has opset {source}; to be raised to {RAISED_TO} it must run in ONNX Runtime first, and it does "
@@ -244,7 +231,7 @@ def _prove(old: onnx.ModelProto, new: onnx.ModelProto, weights: Feeds, source: i
     shapes = {name: list(value.shape) for name, value in feeds.items()}
     raised = f"raised from opset {source} to {RAISED_TO} and run on random input of shape {shapes}, the model"
     try:
-        found = run(new, {**feeds, **weights})
+        found = run(new, {**feeds, **weights}, folder)
     except RunError as error:
         raise OpsetError(f"{raised} fails: {error}; {_ADVICE}") from None
     for output, expected, value in zip(old.graph.output, outputs, found, strict=True):
@@ -266,12 +253,12 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(attribute.g)
 
 
-def _constants(graph: onnx.GraphProto) -> Constants:
+def _constants(graph: onnx.GraphProto, folder: Path | None) -> Constants:
     """The values of a graph's small initializers and Constant nodes."""
     nodes = [node for node in graph.node if node.op_type == "Constant" and _is_standard(node.domain)]
     tensors = {_output(node): _attributes(node).get("value") for node in nodes}
-    tensors.update((tensor.name, tensor) for tensor in graph.initializer if not uses_external_data(tensor))
-    return {name: numpy_helper.to_array(tensor) for name, tensor in tensors.items() if tensor is not None}
+    tensors.update((tensor.name, tensor) for tensor in graph.initializer)
+    return {name: values(tensor, folder) for name, tensor in tensors.items() if tensor is not None}
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -25,14 +25,14 @@ from graphgbp.errors import ModelFileError
 from graphgbp.folding import FOLD_LIMIT, fold, read_constants
 from graphgbp.functions import see_through_functions
 from graphgbp.inference import sizes_as_declared, type_outputs, whole_graph_types
-from graphgbp.model_file import tensor_names, with_readable_text, with_small_weights
+from graphgbp.model_file import tensor_names, with_readable_text
 from graphgbp.nodes import free_path, in_order, label, node_proto, topological_order
 from graphgbp.plain import units
 from graphgbp.plain.quantised import dequantized, quantized_in_plain_nodes
 from graphgbp.sizes import Sizes
 from graphgbp.stored import show_as_float32
 from graphgbp.view import View
-from graphgbp.weights import read_weights_from
+from graphgbp.weights import read_weights_from, with_small_weights
 
 READ_AS = {"CastLike": "Cast"}
 """Operators that the view shows as another one."""
@@ -57,8 +57,7 @@ def flatten(model: onnx.ModelProto, folder: Path | None = None) -> View:
     seen, calls = see_through_functions(model)
     with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns of what is no tensor
         graph = gs.import_onnx(seen)
-    if folder is not None:
-        read_weights_from(folder, graph)
+    read_weights_from(folder, graph)
     opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     graph.nodes[:] = topological_order(graph)
     _refuse_undefined(graph)

@@ -22,7 +22,6 @@ from graphgbp.errors import DeviceError, GraphgbpError, ModelFileError, RequestE
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: what it would log as an error is raised as one too
 _INSTALL = "pip install 'graphgbp[cuda]' brings NVIDIA's libraries"
 
@@ -222,7 +221,7 @@ def _options(weights_folder: str | os.PathLike[str] | None, threads: int | None)
             raise RequestError(f"threads={threads!r} is no number of threads; give 1 or more, or leave it out")
         options.intra_op_num_threads = threads
     if weights_folder is not None:
-        options.add_session_config_entry(_WEIGHTS_FOLDER, os.path.abspath(weights_folder))
+        options.add_session_config_entry(contract.ORT_WEIGHTS_FOLDER, os.path.abspath(weights_folder))
     return options
 
 

@@ -12,6 +12,7 @@ from graphgbp.forms import MICROSOFT
 from graphgbp.functions import all_nodes
 from graphgbp.model_file import PathLike
 from graphgbp.opset import raise_opset
+from graphgbp.weights import external_locations
 
 ModelLike: TypeAlias = PathLike | onnx.ModelProto
 
@@ -34,7 +35,7 @@ def open_source(model: ModelLike) -> tuple[onnx.ModelProto, dict[str, Any]]:
         source = read(model)
         name = f"'{model}'"
     model_file.refuse_converted(source, name)
-    fingerprint = model_file.fingerprint(model, model_file.external_locations(source))
+    fingerprint = model_file.fingerprint(model, external_locations(source))
     source, opset = raised(source, weights_folder(model))
     return source, {"source": fingerprint, "opset": opset}
 

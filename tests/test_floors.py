@@ -10,9 +10,9 @@ PACKAGE = Path(graphgbp.__file__).parent
 FLOORS = [
     ["errors", "contract", "symbols", "_version", "kernels"],
     ["shapes"],
-    ["files"],
+    ["files", "weights"],
     ["emit", "registry", "model_file", "patterns"],
-    ["masks", "nodes", "curves", "sizes", "weights", "forms"],
+    ["masks", "nodes", "curves", "sizes", "forms"],
     ["rules", "branches", "functions", "smooth", "plain", "stored", "folding"],
     ["view", "inference"],
     ["prepare", "equivalence"],

@@ -165,4 +165,6 @@ def spell_shape(shape: Sequence[int | str | None] | None) -> str:
 
 
 def spell_bytes(count: int) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -13,6 +13,7 @@ from graphgbp.errors import OutputError
 RECTIFIERS = ("relu", "all")
 AGGREGATES = ("mean",)
 INTERPOLATE_MODES = ("bilinear", "nearest")
+WEIGHTS = ("auto", "reference", "copy")
 
 
 @click.command(no_args_is_help=True, short_help="Write the explained model.")
@@ -33,12 +34,20 @@ INTERPOLATE_MODES = ("bilinear", "nearest")
     "--interpolate-mode", type=click.Choice(INTERPOLATE_MODES), default="bilinear", help="How Grad-CAM is resized."
 )
 @click.option("--no-relu-attributions", is_flag=True, help="Leave Grad-CAM signed.")
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="auto",
+    help="What becomes of weights in external files: read where they lie (reference; OUT must be in MODEL's folder) or "
+    "copied beside OUT (copy).  [default: auto: the first where OUT is in MODEL's folder, else the second]",
+)
 @click.option("--force", is_flag=True, help="Replace OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def convert(model: str, out: str, methods: tuple[str, ...], force: bool, as_json: bool, **options: Any) -> None:
     """Append the explanation to MODEL and write it to OUT: one ONNX file that any ONNX Runtime runs."""
     import graphgbp
     from graphgbp.model_file import read_manifest
+    from graphgbp.weights import external_locations
 
     _require_writable(Path(model), Path(out), force)
     given: dict[str, Any] = {"methods": methods} if methods else {}
@@ -53,20 +62,28 @@ def convert(model: str, out: str, methods: tuple[str, ...], force: bool, as_json
             relu_attributions=not options["no_relu_attributions"],
             **request.given(options),
         )
-        graphgbp.save(converted, out, weights_from=Path(model).parent)
+        graphgbp.save(converted, out, weights_from=Path(model).parent, weights=options["weights"])
     manifest = read_manifest(converted)
     assert manifest is not None
     facts = asdict(manifest)
     sizes = {"model_bytes": Path(model).stat().st_size, "out_bytes": Path(out).stat().st_size}
+    files = {location: Path(out).with_name(location).stat().st_size for location in external_locations(converted)}
+    copied = bool(files) and not Path(out).parent.samefile(Path(model).parent)
+    weights = {"files": files, "copied": copied}
     if as_json:
-        console.print_json({"model": model, "out": out, **sizes, "manifest": facts})
+        console.print_json({"model": model, "out": out, **sizes, "weights": weights, "manifest": facts})
     else:
-        console.print_facts(list(_summary(facts, out, **sizes)))
+        console.print_facts(list(_summary(facts, out, weights, **sizes)))
 
 
-def _summary(manifest: dict[str, Any], out: str, model_bytes: int, out_bytes: int) -> Iterator[tuple[str, str]]:
-    growth = 100 * (out_bytes - model_bytes) / model_bytes
+def _summary(
+    manifest: dict[str, Any], out: str, weights: dict[str, Any], model_bytes: int, out_bytes: int
+) -> Iterator[tuple[str, str]]:
+    growth = 100 * (out_bytes - model_bytes) / (model_bytes + sum(weights["files"].values()))
     yield "wrote", f"{out}, {console.spell_bytes(out_bytes)} ({growth:+.1f} %)"
+    for location, count in weights["files"].items():
+        kept = "copied beside it" if weights["copied"] else "read where they lie"
+        yield "weights", f"{console.spell_bytes(count)} in {location}, {kept}"
     yield "explains", f"{manifest['score']['tensor']}: {manifest['score']['reason']}"
     yield "methods", ", ".join(manifest["methods"])
     for layer in manifest["target_layers"]:

@@ -53,6 +53,11 @@ def _facts(found: "Inspection") -> Iterator[tuple[str, str]]:
     yield "file", str(found.file)
     yield "opset", str(found.opset) + (f", raised to {raised['raised_to']} for conversion" if raised else "")
     yield "nodes", str(found.nodes)
+    inline, external = found.weights["inline"], found.weights["external"]
+    if inline or not external:
+        yield "weights", f"{console.spell_bytes(inline)} in the file"
+    for location, count in external.items():
+        yield "weights", f"{console.spell_bytes(count)} in {location}, beside the file"
     for kind, tensors in (("input", found.inputs), ("output", found.outputs)):
         for tensor in tensors:
             layout = next(

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphgbp import contract
 from graphgbp.contract import role_of
-from graphgbp.equivalence import RunError, outputs_of
+from graphgbp.equivalence import RunError
 from graphgbp.verification.double import DoubleModel
 from graphgbp.verification.masks import GUIDED, masked_maps
 from graphgbp.verification.report import Check, failed, passed, unchecked
@@ -56,9 +56,9 @@ def check_cams(subject: Subject) -> Check | None:
     maps = masked_maps(subject, GUIDED) if contract.GUIDED_GRADCAM in methods else {}
     try:
         wanted = [*manifest.names.values(), *maps.values()]
-        values = outputs_of(part_for(subject.file, _outputs_among(subject, wanted)), _feeds(subject))
+        values = subject.run(part_for(subject.file, _outputs_among(subject, wanted)), _feeds(subject))
         layers = [entry["tensor"] for entry in manifest.target_layers]
-        primal = outputs_of(part_for(subject.graph, layers), subject.point)
+        primal = subject.run(part_for(subject.graph, layers), subject.point)
         return _compared(name, list(_pairs(subject, values, primal, maps)))
     except RunError as error:
         return failed(name, f"ONNX Runtime does not run the file: {error}")

@@ -12,6 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from graphgbp.equivalence import Feeds, one_line
 from graphgbp.verification.reference import OPERATORS
+from graphgbp.weights import external_tensors
 
 _NARROW = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 _TYPES = {"to", "dtype"}
@@ -30,6 +31,8 @@ class DoubleModel:
     """A model whose float tensors are double. Raises DoubleError where it cannot be evaluated."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
+        if external_tensors(model):
+            raise DoubleError("the weights are too large to be read in")
         try:
             self._evaluator = ReferenceEvaluator(in_double(model), new_ops=OPERATORS)
         except Exception as error:  # it raises whatever its operators raise

@@ -3,7 +3,7 @@
 import numpy as np
 
 from graphgbp import contract
-from graphgbp.equivalence import Feeds, RunError, difference, outputs_of
+from graphgbp.equivalence import Feeds, RunError, difference
 from graphgbp.verification.report import Check, failed, passed, unchecked
 from graphgbp.verification.subject import Subject, part_for
 from graphgbp.verification.targets import score_per_image, weights
@@ -23,8 +23,8 @@ def check_forward(subject: Subject) -> Check:
     feeds = subject.point
     tolerance = RAISED_TOLERANCE if subject.manifest.opset else FORWARD_TOLERANCE
     try:
-        before = outputs_of(subject.whole_original, feeds)
-        after = outputs_of(subject.whole, {**feeds, **subject.targets})
+        before = subject.run_original(feeds)
+        after = subject.run(subject.whole, {**feeds, **subject.targets})
     except RunError as error:
         return failed(name, f"ONNX Runtime does not run source and file on the same input: {error}")
     equal = True
@@ -58,7 +58,7 @@ def check_score(subject: Subject) -> Check | None:
         z, w = subject.z, weights(subject, subject.z, targets)
         expected = score_per_image(subject, z, w)
         try:
-            found = outputs_of(part, {**subject.point, **targets})
+            found = subject.run(part, {**subject.point, **targets})
         except RunError as error:
             return failed(name, f"ONNX Runtime does not run the file: {error}")
         scores = found[subject.manifest.names[contract.TARGET_SCORE]]

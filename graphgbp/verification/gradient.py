@@ -7,15 +7,16 @@ the gradient shows down to a thousandth. ONNX Runtime's float32 numbers are then
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
 
 from graphgbp import contract
-from graphgbp.equivalence import Feeds, RunError, outputs_of
+from graphgbp.equivalence import Feeds, RunError, Session, outputs_of
 from graphgbp.errors import GraphgbpError
-from graphgbp.jacobian import vjp
+from graphgbp.jacobian import append_vjp
 from graphgbp.model_file import read_manifest
 from graphgbp.verification.differences import DOUBLE, FLOAT32, Difference, Precision, differences
 from graphgbp.verification.double import DoubleError, DoubleModel
@@ -36,14 +37,14 @@ class Evaluator(Protocol):
 class _Runtime:
     """ONNX Runtime, where the reference evaluator cannot run a model."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
+    def __init__(self, model: onnx.ModelProto, folder: Path | None = None) -> None:
+        self._session = Session(model, folder)
         kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
         self._types = {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in kinds.items()}
 
     def run(self, names: Sequence[str], feeds: Feeds) -> list[np.ndarray]:
         typed = {name: x.astype(self._types[name]) for name, x in feeds.items() if name in self._types}
-        found = outputs_of(self._model, typed)
+        found = self._session.outputs_of(typed)
         return [found[name] for name in names]
 
 
@@ -92,7 +93,7 @@ def held(subject: Subject, name: str, make: Callable[[Subject], Claim]) -> Check
     except DoubleError as error:
         reason = str(error)
     try:
-        found = _held(name, claim, subject.point, FLOAT32, _Runtime)
+        found = _held(name, claim, subject.point, FLOAT32, partial(_Runtime, folder=subject.weights_folder))
     except RunError as error:
         return failed(name, f"ONNX Runtime does not run the file: {error}")
     return Check(name, found.status, f"{found.detail} (no double precision: {reason})", found.figures)
@@ -114,7 +115,7 @@ def _input_claim(subject: Subject) -> Claim:
     if own := subject.gradients:
         held = contract.SALIENCY if contract.SALIENCY in manifest.methods else contract.INPUT_X_GRADIENT
         return Claim(f"the file's {held.replace('_', ' ')}", graph, own, [(z, subject.w)], subject.file, feeds)
-    afresh = vjp(part_for(graph, [z]), inputs=inputs, outputs=[z])
+    afresh = append_vjp(part_for(graph, [z]), {"source": {}}, subject.weights_folder, inputs, [z])
     made = read_manifest(afresh)
     assert made is not None
     words = "the engine's gradient for this model (the file holds none by the input)"

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from graphgbp import contract, model_file
-from graphgbp.equivalence import Feeds, RunError, outputs_of
+from graphgbp.equivalence import Feeds, RunError
 from graphgbp.image import find_images
 from graphgbp.rectifiers import Activations
 from graphgbp.verification.report import Check, failed, passed, unchecked
@@ -29,6 +29,10 @@ def check_fingerprint(subject: Subject) -> Check:
     changed = [location for location, sha in files.items() if found.get("external_data", {}).get(location) != sha]
     if changed:
         return failed(name, f"weights were changed since the conversion: {model_file.describe(changed)}")
+    own = subject.own_weights
+    changed = [location for location, sha in files.items() if sha != own.get(location, sha)]
+    if changed:
+        return failed(name, f"beside the file lie other weights than its source's: {model_file.describe(changed)}")
     weights = f", with {len(files)} files of weights" if files else ""
     return passed(name, f"the source is the one in the manifest (sha256 {_short(wanted)}{weights})")
 
@@ -174,17 +178,16 @@ def check_guard(subject: Subject) -> Check | None:
         "a class too many": [contract.PREDICTED] * (images + 1 if images > 1 else 2),
     }
     part = part_for(subject.whole, [subject.manifest.names[contract.TARGET_SCORE]])
-    accepted = [
-        what for what, values in bad.items() if not _is_refused(part, {**feeds, target: np.asarray(values, np.int64)})
-    ]
+    asked = {what: {**feeds, target: np.asarray(values, np.int64)} for what, values in bad.items()}
+    accepted = [what for what, given in asked.items() if not _is_refused(subject, part, given)]
     if accepted:
         return failed(name, f"the file accepts {', '.join(accepted)} (K = {classes})")
     return passed(name, f"{len(bad)} targets out of range fail in '{contract.GUARD_NODE}'", refused=len(bad))
 
 
-def _is_refused(model: onnx.ModelProto, feeds: Feeds) -> bool:
+def _is_refused(subject: Subject, model: onnx.ModelProto, feeds: Feeds) -> bool:
     try:
-        outputs_of(model, feeds)
+        subject.run(model, feeds)
     except RunError as error:
         return contract.GUARD_NODE in str(error)
     return False

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from graphgbp import contract
-from graphgbp.equivalence import RunError, outputs_of
+from graphgbp.equivalence import RunError
 from graphgbp.nodes import label
 from graphgbp.smooth import Activation
 from graphgbp.verification.report import Check, failed, passed, unchecked
@@ -156,7 +156,7 @@ def _right(subject: Subject, masks: Sequence[Mask], smooth: Collection[str], pol
     if policy == DECONVNET:
         return {mask.y: mask for mask in masks}  # the Relu is the whole of it
     wanted = {name for mask in masks for name in (mask.rectified, mask.passed_on, mask.x, mask.y)}
-    values = outputs_of(part_for(subject.file, sorted(wanted)), {**subject.point, **subject.targets})
+    values = subject.run(part_for(subject.file, sorted(wanted)), {**subject.point, **subject.targets})
     return {mask.y: mask for mask in masks if _is_right(mask, values, mask.y in smooth)}
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from graphgbp.prepare import prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
 from graphgbp.verification.targets import default_targets, weights
 from graphgbp.view import View
+from graphgbp.weights import external_locations, external_tensors, locate, size, with_small_weights
 
 _EVERYTHING = 2**62
 _REPLACEABLE = 4  # the IR version from which an initializer need not be an input, and one that is can be replaced
-_LIMIT = 2**31  # of what protobuf can carry
+_LIMIT = 2**31  # of what protobuf can carry: larger weights stay where they are
 _SAME = 1e-4  # of the largest value: functions may be computed in another order
 _RAISED = f"{contract.SCOPE}/raised/"  # mended nodes of a raised source: part of the forward graph
 
@@ -56,7 +56,7 @@ class Subject:
             where = f"'{self.path}'" if self.path else "the model"
             raise ModelFileError(f"{where} is not converted: it holds no manifest; run graphgbp convert on it first")
         self.manifest: Manifest = manifest
-        _refuse_large(self.model)
+        self.is_large = _size(self.model) >= _LIMIT
         self.original = self._given(source) if source is not None else self._found()
         if self.original is None:
             self.forward = _without_appended(self.model)
@@ -68,7 +68,7 @@ class Subject:
         name = "the source" if isinstance(source, onnx.ModelProto) else f"'{source}'"
         model_file.refuse_converted(model, name)
         origin = "given" if isinstance(source, onnx.ModelProto) else str(source)
-        fingerprint = model_file.fingerprint(source, model_file.external_locations(model))
+        fingerprint = model_file.fingerprint(source, external_locations(model))
         return Original(model, weights_folder(source), origin, fingerprint)
 
     def _found(self) -> Original | None:
@@ -84,10 +84,16 @@ class Subject:
         if fingerprint["sha256"] != wanted:
             return None
         if self.folder is not None:
-            locations = model_file.external_locations(recovered)
-            files = {name: model_file.fingerprint(self.folder / name, [])["sha256"] for name in locations}
+            files = _sha256(self.folder, recovered)
             fingerprint |= {"external_data": files} if files else {}
         return Original(recovered, self.folder, "recovered", fingerprint)
+
+    @property
+    def own_weights(self) -> dict[str, str]:
+        """sha256 of each file of weights beside the file, where those are not the source's own."""
+        if self.folder is None or self.original is None or self.original.folder == self.folder:
+            return {}
+        return _sha256(self.folder, self.model)
 
     # -- the graph ------------------------------------------------------------------------------------------------
 
@@ -100,34 +106,47 @@ class Subject:
     def opset(self) -> int:
         return next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
 
-    @cached_property
-    def whole(self) -> onnx.ModelProto:
-        """The file with its external weights read in."""
-        return model_file.with_small_weights(self.model, self.folder, _EVERYTHING)
+    @property
+    def weights_folder(self) -> Path | None:
+        """Where the weights lie that the models below do not hold: those of a large file are never read in."""
+        return self.folder if self.is_large else None
 
     @cached_property
-    def whole_original(self) -> onnx.ModelProto:
-        assert self.original is not None
-        return model_file.with_small_weights(self.original.model, self.original.folder, _EVERYTHING)
+    def whole(self) -> onnx.ModelProto:
+        """The file with its external weights read in, if it is not large."""
+        return self._read_in(self.model, self.folder)
 
     @cached_property
     def whole_forward(self) -> onnx.ModelProto:
-        folder = self.folder if self.original is None else self.original.folder
-        return model_file.with_small_weights(self.forward, folder, _EVERYTHING)
+        return self._read_in(self.forward, self.folder if self.original is None else self.original.folder)
+
+    def _read_in(self, model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
+        return model if self.is_large else with_small_weights(model, folder, _EVERYTHING)
+
+    def run(self, model: onnx.ModelProto, feeds: Feeds) -> dict[str, Any]:
+        """The outputs of a part of the file or of its forward graph, by ONNX Runtime; raises RunError."""
+        return outputs_of(model, feeds, self.weights_folder)
+
+    def run_original(self, feeds: Feeds) -> dict[str, Any]:
+        """The outputs of the original model, its weights where it has them; raises RunError."""
+        assert self.original is not None
+        return outputs_of(self.original.model, feeds, self.original.folder)
 
     @cached_property
     def view(self) -> View:
         """The reading view of the forward graph. Raises GraphgbpError where it cannot be read."""
-        return prepare(self.whole_forward)
+        return prepare(self.whole_forward, self.weights_folder)
 
     @cached_property
     def _expanded(self) -> onnx.ModelProto | None:
         """The forward graph with its functions and known branches seen through; None where it has none."""
         if not self.forward.functions and not self.view.recomputed:
             return None
+        if self.is_large:
+            raise RunError("functions and branches are seen through in models of up to 2 GB alone")
         model = expanded(self.view, self.whole_forward)
         names = [output.name for output in model.graph.output]
-        expected, found = self.run_of_forward[1] or [], outputs_of(model, self.point)
+        expected, found = self.run_of_forward[1] or [], self.run(model, self.point)
         for name, value in zip(names, expected, strict=True):
             if what := difference(value, found[name], _SAME):
                 raise RunError(f"its functions are read wrongly: output '{name}' {what}")
@@ -162,7 +181,7 @@ class Subject:
         model = part_for(self.whole_forward, [output.name for output in self.forward.graph.output])
         values = {tensor.name: tensor for tensor in model.graph.initializer}
         weights = {x.name: numpy_helper.to_array(values[x.name]) for x in model.graph.input if x.name in values}
-        return run_on_random_input(model, weights)
+        return run_on_random_input(model, weights, self.weights_folder)
 
     @property
     def point(self) -> Feeds:
@@ -186,7 +205,7 @@ class Subject:
     def z(self) -> np.ndarray:
         """The scores at that point, by the original model; raises RunError."""
         tensor = self.manifest.score["tensor"]
-        return np.asarray(outputs_of(part_for(self.graph, [tensor]), self.point)[tensor])
+        return np.asarray(self.run(part_for(self.graph, [tensor]), self.point)[tensor])
 
     @cached_property
     def targets(self) -> Feeds:
@@ -259,13 +278,14 @@ class Subject:
         return self.by_input(contract.SALIENCY) or self.factors(contract.INPUT_X_GRADIENT)
 
 
-def _refuse_large(model: onnx.ModelProto) -> None:
-    external = [x for x in model.graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL]
-    size = model.ByteSize() + sum(
-        prod(x.dims) * onnx.helper.tensor_dtype_to_np_dtype(x.data_type).itemsize for x in external
-    )
-    if size >= _LIMIT:
-        raise ModelFileError(f"the model has {size / 1e9:.1f} GB, and verification runs models of up to 2 GB")
+def _sha256(folder: Path, model: onnx.ModelProto) -> dict[str, str]:
+    """Of each file of weights."""
+    return {x: model_file.fingerprint(locate(folder, x), [])["sha256"] for x in external_locations(model)}
+
+
+def _size(model: onnx.ModelProto) -> int:
+    """In bytes, with what is in external files."""
+    return model.ByteSize() + sum(map(size, external_tensors(model)))
 
 
 def expanded(view: View, model: onnx.ModelProto) -> onnx.ModelProto:

@@ -237,13 +237,42 @@ def test_mistakes_are_refused(tmp_path):
         graphgbp.verify(converted(), tmp_path / "none.onnx")
 
 
-def test_a_model_too_large_is_refused():
-    made = converted()
-    weight = onnx.TensorProto(name="large", dims=[2**29], data_type=onnx.TensorProto.FLOAT)
-    weight.data_location = onnx.TensorProto.EXTERNAL
-    made.graph.initializer.append(weight)
-    with pytest.raises(graphgbp.ModelFileError, match=r"2\.1 GB"):
-        graphgbp.verify(made)
+@pytest.mark.parametrize("methods", [["saliency", "gradcam"], ["guided_backprop"]])
+def test_a_large_models_weights_stay_where_they_are(tmp_path, monkeypatch, methods):
+    """What is said of it is what is said of a small one, but for the precision."""
+    (tmp_path / "new").mkdir()
+    path, out = tmp_path / "m.onnx", tmp_path / "new" / "out.onnx"
+    onnx.save(small_cnn(), path, save_as_external_data=True, location="m.data", size_threshold=0)
+    graphgbp.save(graphgbp.convert(path, methods), out, weights_from=tmp_path)
+    small = graphgbp.verify(out, path)
+    monkeypatch.setattr("graphgbp.verification.subject._LIMIT", 1000)
+    monkeypatch.setattr("graphgbp.verification.subject.with_small_weights", lambda *_: pytest.fail("read in"))
+    large = graphgbp.verify(out, path)
+    assert small.passed and not large.failures
+    assert [check.name for check in large.checks] == [check.name for check in small.checks]
+    assert "too large to be read in" in large["gradient"].detail and large["gradient"].status == "pass"
+    assert {check.name for check in large.unchecked} <= {"guided gradient"}
+    data = bytearray((tmp_path / "new" / "m.data").read_bytes())
+    data[5] ^= 64
+    (tmp_path / "new" / "m.data").write_bytes(data)
+    found = graphgbp.verify(out, path)
+    assert {"fingerprint", "forward"} <= {check.name for check in found.failures}
+    assert "beside the file lie other weights" in found["fingerprint"].detail
+
+
+def test_a_large_models_gradient_that_is_wrong_is_noticed(tmp_path, monkeypatch):
+    path, out = tmp_path / "m.onnx", tmp_path / "out.onnx"
+    onnx.save(small_cnn(), path, save_as_external_data=True, location="m.data", size_threshold=0)
+    made = graphgbp.convert(path, ["saliency"])
+    scaled = next(node for node in reversed(made.graph.node) if "saliency" in node.output)
+    scaled.output[0] = "graphgbp/unscaled"
+    made.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1.2), "graphgbp/scale"))
+    made.graph.node.add(
+        op_type="Mul", name="graphgbp/scaled", input=["graphgbp/unscaled", "graphgbp/scale"], output=["saliency"]
+    )
+    graphgbp.save(made, out)
+    monkeypatch.setattr("graphgbp.verification.subject._LIMIT", 1000)
+    assert [check.name for check in graphgbp.verify(out, path).failures] == ["gradient"]
 
 
 def test_another_source_fails():
