@@ -86,27 +86,32 @@ def inspect(
     source = read(model)
     path = None if isinstance(model, onnx.ModelProto) else Path(model)
     manifest = model_file.read_manifest(source)
-    ours, record = raised(source, weights_folder(model))
+    described = _described(source, path)
+    ours, record = raised(source, weights_folder(model), in_place=path is not None)
     view = prepare(ours, weights_folder(model))
     findings = _findings(view, request) if manifest is None else {}
     return Inspection(
-        file=str(path) if path else None,
-        opset=next(entry.version for entry in source.opset_import if entry.domain in ("", "ai.onnx")),
-        ir_version=source.ir_version,
+        **described,
         opset_raised=record,
-        nodes=len(source.graph.node),
         inputs=[_describe(tensor, view.stored) for tensor in view.graph.inputs],
         outputs=[_describe(tensor, view.stored) for tensor in view.graph.outputs],
-        weights=_weights(source, path),
         converted=None if manifest is None else asdict(manifest),
         **findings,
     )
 
 
-def _weights(model: onnx.ModelProto, path: Path | None) -> dict[str, Any]:
+def _described(model: onnx.ModelProto, path: Path | None) -> dict[str, Any]:
+    """What is said of the model as it was read."""
     inline = sum(size(tensor) for tensor in tensors(model) if not uses_external_data(tensor))
     files = external_locations(model)
-    return {"inline": inline, "external": {name: locate(path.parent, name).stat().st_size for name in files if path}}
+    external = {name: locate(path.parent, name).stat().st_size for name in files if path}
+    return {
+        "file": str(path) if path else None,
+        "opset": next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None),
+        "ir_version": model.ir_version,
+        "nodes": len(model.graph.node),
+        "weights": {"inline": inline, "external": external},
+    }
 
 
 def _findings(view: View, request: Request) -> dict[str, Any]:

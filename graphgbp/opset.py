@@ -39,11 +39,14 @@ Constants = Mapping[str, np.ndarray]
 Mend = Callable[[onnx.NodeProto, Constants], tuple[list[onnx.NodeProto], str]]
 
 
-def raise_opset(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto, dict[str, Any] | None]:
+def raise_opset(
+    model: onnx.ModelProto, folder: Path | None, *, in_place: bool = False
+) -> tuple[onnx.ModelProto, dict[str, Any] | None]:
     """The model at opset 16 and what the manifest says about it; a newer model as it is, and None.
 
     `folder` holds the model's external data, where it has any. The record gives the `source` opset, `raised_to`, the
-    `mended` nodes, and the input shapes old and new were `compared_on`. The given model is not changed.
+    `mended` nodes, and the input shapes old and new were `compared_on`. The given model is not changed, unless
+    `in_place` gives it away: then no copy of its weights is made.
 
     Raises OpsetError where the converter refuses, the original does not run in ONNX Runtime, or an output differs by
     more than 1e-5 of its largest value; MissingWeightsError where external data is not found.
@@ -64,8 +67,8 @@ def raise_opset(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.Model
         ) from None
     nodes = list(_raised_nodes(inlined.graph, converted.graph, {}, mended, folder))
     constants = [node for node in model.graph.node if not weights.keys().isdisjoint(node.output)]
-    raised = _with_nodes(model, [*constants, *nodes])
-    shapes = _prove(bare, _with_nodes(bare, nodes), weights, folder, source)
+    shapes = _prove(bare, _with_nodes(_copy(bare), nodes), weights, folder, source)
+    raised = _with_nodes(model if in_place else _copy(model), [*constants, *nodes])
     return raised, {"source": source, "raised_to": RAISED_TO, "mended": mended, "compared_on": shapes}
 
 
@@ -82,8 +85,7 @@ def _without_weights(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.
 
 def _prepared(model: onnx.ModelProto, source: int) -> onnx.ModelProto:
     """A copy to convert: shapes inferred, declared ones (which may be wrong) forgotten, faulty nodes set aside."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = _copy(model)
     for output in copy.graph.output:
         if output.type.HasField("tensor_type"):
             output.type.tensor_type.ClearField("shape")
@@ -137,14 +139,19 @@ def _keep_subgraphs(
 
 
 def _with_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
-    raised = onnx.ModelProto()
-    raised.CopyFrom(model)
-    del raised.graph.node[:], raised.functions[:]
-    raised.graph.node.extend(nodes)
-    for entry in raised.opset_import:
+    """The model, changed to have these nodes."""
+    del model.graph.node[:], model.functions[:]
+    model.graph.node.extend(nodes)
+    for entry in model.opset_import:
         if _is_standard(entry.domain):
             entry.version = RAISED_TO
-    return raised
+    return model
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 # -- the mends ----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def open_source(model: ModelLike) -> tuple[onnx.ModelProto, dict[str, Any]]:
         name = f"'{model}'"
     model_file.refuse_converted(source, name)
     fingerprint = model_file.fingerprint(model, external_locations(source))
-    source, opset = raised(source, weights_folder(model))
+    source, opset = raised(source, weights_folder(model), in_place=True)
     return source, {"source": fingerprint, "opset": opset}
 
 
@@ -54,10 +54,13 @@ def weights_folder(model: ModelLike) -> Path | None:
     return None if isinstance(model, onnx.ModelProto) else Path(model).parent
 
 
-def raised(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto, dict[str, Any] | None]:
+def raised(
+    model: onnx.ModelProto, folder: Path | None, *, in_place: bool = False
+) -> tuple[onnx.ModelProto, dict[str, Any] | None]:
     """The model at opset 16 or newer, and what raising it took; the model itself where it is there already.
 
     Raises UnsupportedError for a file that ONNX Runtime saved for one machine.
+    With `in_place` the model is given away.
     """
     _refuse_bound(model)
     versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
@@ -68,7 +71,7 @@ def raised(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto
             f"the model has opset {versions[0]}, and operators are known up to opset {NEWEST_OPSET}; "
             f"export it at opset {NEWEST_OPSET} or older"
         )
-    return raise_opset(model, folder)
+    return raise_opset(model, folder, in_place=in_place)
 
 
 def _refuse_bound(model: onnx.ModelProto) -> None:

@@ -51,8 +51,8 @@ KINDS = (
     Kind("opset12", "opset 12, external data, a sparse file: raised to opset 16 and compared", 12, False),
     Kind("drawn", "opset 18, external data, drawn weights", 18, True, steps=STEPS),
     Kind("drawn12", "opset 12, external data, drawn weights", 12, True),
-    Kind("inline", "opset 18, 1 GB in the file itself", 18, True, external=False, depth=6, dense=512),
-    Kind("inline12", "opset 12, 1 GB in the file itself", 12, True, external=False, depth=6, dense=512),
+    Kind("inline", "opset 18, 1 GB in the file itself", 18, True, external=False, depth=8, dense=512),
+    Kind("inline12", "opset 12, 1 GB in the file itself", 12, True, external=False, depth=8, dense=512),
 )
 
 
@@ -178,8 +178,7 @@ def work(step: str, source: Path, out: Path, limited: bool) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     watch = _Watch()
     found = {"inspect": inspect, "convert": convert, "run": run, "verify": verify}[step](source, out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({**found, "own": watch.stop(), "resident": peak}))
+    print(json.dumps({**found, "own": watch.stop(), "resident": _memory("VmHWM")}))
 
 
 class _Watch:
@@ -192,17 +191,18 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._done.wait(0.002):
-            self._peak = max(self._peak, _anonymous())
+            self._peak = max(self._peak, _memory("RssAnon"))
 
     def stop(self) -> int:
         self._done.set()
         self._thread.join()
-        return max(self._peak, _anonymous())
+        return max(self._peak, _memory("RssAnon"))
 
 
-def _anonymous() -> int:
+def _memory(kind: str) -> int:
+    """Bytes of this process; its ru_maxrss would count the parent's as well."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 def measure(step: str, source: Path, out: Path, limited: bool = False) -> dict[str, Any] | str:
@@ -260,13 +260,13 @@ def _rows(kind: Kind, folder: Path) -> Iterator[str]:
         size = build(kind, source)
         words, weights = kind.words, f"{size / 1e9:.2f} GB"
         for step in kind.steps:
-            row = f"| {words} | {weights} | {step} | {_figures(step, source, out)} |"
+            row = f"| {words} | {weights} | {step} | {_figures(kind, step, source, out)} |"
             print(row, flush=True)
             yield row
             words = weights = ""
 
 
-def _figures(step: str, source: Path, out: Path) -> str:
+def _figures(kind: Kind, step: str, source: Path, out: Path) -> str:
     found = measure(step, source, out)
     if isinstance(found, str):
         return f"failed: {found} | | |"
@@ -274,7 +274,8 @@ def _figures(step: str, source: Path, out: Path) -> str:
         if found.get(key):
             step_says = f"{key}: {', '.join(found[key])}"
             print(step_says, flush=True)
-    limited = measure(step, source, out, limited=True) if step in ("inspect", "convert") else None
+    tried = kind.external and step in ("inspect", "convert")
+    limited = measure(step, source, out, limited=True) if tried else None
     verdict = "" if limited is None else "done" if not isinstance(limited, str) else f"fails ({limited})"
     return f"{found['seconds']:.1f} | {_mb(found['own'])} | {_mb(found['resident'])} | {verdict}"
 

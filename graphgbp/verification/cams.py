@@ -76,7 +76,7 @@ def check_input_x_gradient(subject: Subject) -> Check | None:
         return unchecked(name, subject.obstacle)
     try:
         part = part_for(subject.file, [*products.values(), *gradients.values()])
-        values = outputs_of(part, _feeds(subject))
+        values = subject.run(part, _feeds(subject))
     except RunError as error:
         return failed(name, f"ONNX Runtime does not run the file: {error}")
     wide = {x: subject.point[x].astype(np.float64) for x in products}
