@@ -31,7 +31,7 @@ class ModelFileError(GraphgbpError):
 
 
 class MissingWeightsError(ModelFileError):
-    """The model keeps its weights in external files that cannot be found."""
+    """The model keeps its weights in external files that cannot be found or are cut short."""
 
 
 class AlreadyConvertedError(ModelFileError):

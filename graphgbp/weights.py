@@ -158,9 +158,13 @@ def _span(tensor: onnx.TensorProto) -> tuple[int, int]:
 
 
 def size(tensor: onnx.TensorProto) -> int:
-    """How many bytes a tensor's values take, as ONNX stores them."""
-    if tensor.data_type == onnx.TensorProto.STRING:
+    """How many bytes a tensor's values take, as ONNX stores them; ModelFileError for a type that is not known."""
+    if tensor.data_type == onnx.TensorProto.STRING and not uses_external_data(tensor):
         return sum(map(len, tensor.string_data))
+    if tensor.data_type not in helper.get_all_tensor_dtypes() or tensor.data_type == onnx.TensorProto.STRING:
+        raise ModelFileError(
+            f"weight '{tensor.name}' has type {tensor.data_type}, of which no size is known; export the model again"
+        )
     bits = _BITS.get(tensor.data_type) or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return -(-prod(tensor.dims) * bits // 8)
 
@@ -191,7 +195,7 @@ def values(tensor: onnx.TensorProto, folder: Path | None) -> np.ndarray:
         packed = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=stored.tobytes())
         return numpy_helper.to_array(packed)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
-    return np.asarray(stored).view(dtype).reshape(tuple(tensor.dims))
+    return np.require(np.asarray(stored).view(dtype), requirements="A").reshape(tuple(tensor.dims))
 
 
 def with_small_weights(model: onnx.ModelProto, folder: Path | None, limit: int) -> onnx.ModelProto:

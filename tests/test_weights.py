@@ -222,6 +222,15 @@ def test_values_of_every_type(tmp_path, name):
     assert weights.size(tensor) == weights.size(inline) == len(inline.raw_data)
 
 
+@pytest.mark.parametrize("code", [TensorProto.STRING, TensorProto.UNDEFINED, 99])
+def test_a_type_without_a_size_is_refused(tmp_path, code):
+    tensor = external(drawn(4))
+    tensor.data_type = code
+    (tmp_path / DATA).write_bytes(drawn(4).tobytes())
+    with pytest.raises(ModelFileError, match=f"weight 'w' has type {code}, of which no size is known"):
+        graphgbp.inspect(written(adding(tensor), tmp_path))
+
+
 def test_values_are_mapped_and_not_read(tmp_path):
     (tmp_path / DATA).write_bytes(drawn(4).tobytes())
     found = weights.values(external(drawn(4)), tmp_path)
@@ -248,10 +257,10 @@ def test_a_constant_is_read_from_the_models_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("holder", [adding, in_constant, in_branches])
-@pytest.mark.parametrize("elements", [4, 4000])
-def test_an_old_model_is_raised_with_its_weights_where_they_are(tmp_path, holder, elements):
+@pytest.mark.parametrize(("elements", "offset"), [(4, 0), (4000, 64), (4000, 3)])
+def test_an_old_model_is_raised_with_its_weights_where_they_are(tmp_path, holder, elements, offset):
     values = drawn(elements)
-    made = holder(external(values))
+    made = holder(external(values, offset=offset))
     made.graph.input[0].type.tensor_type.shape.dim[1].dim_value = elements
     for value in [entry for node in made.graph.node for a in node.attribute for entry in a.g.output]:
         value.type.tensor_type.shape.dim[0].dim_value = elements
@@ -259,7 +268,7 @@ def test_an_old_model_is_raised_with_its_weights_where_they_are(tmp_path, holder
     del made.graph.value_info[:]
     made.opset_import[0].version = 13
     path = written(made, tmp_path)
-    (tmp_path / DATA).write_bytes(values.tobytes())
+    (tmp_path / DATA).write_bytes(b"\0" * offset + values.tobytes())
     gradient = graphgbp.vjp(path)
     assert weights.external_locations(gradient) == [DATA]
     graphgbp.save(gradient, tmp_path / "out.onnx")

@@ -9,7 +9,7 @@ import pytest
 import graphgbp
 from graphgbp.cli import request
 from graphgbp.heads import INTERPOLATE_MODES
-from graphgbp.model_file import read_manifest
+from graphgbp.model_file import WEIGHTS, read_manifest
 from graphgbp.options import RECTIFIERS, TARGETS
 from graphgbp.score import SCORES
 from tests.cli.conftest import refused
@@ -46,8 +46,8 @@ def test_every_option_reaches_convert(run, folder):
 
 def test_the_choices_are_the_librarys():
     command = sys.modules["graphgbp.cli.convert"]
-    offered = (request.SCORES, request.TARGETS, command.RECTIFIERS, command.INTERPOLATE_MODES)
-    assert offered == (SCORES, TARGETS, RECTIFIERS, tuple(INTERPOLATE_MODES))
+    offered = (request.SCORES, request.TARGETS, command.RECTIFIERS, command.INTERPOLATE_MODES, command.WEIGHTS)
+    assert offered == (SCORES, TARGETS, RECTIFIERS, tuple(INTERPOLATE_MODES), WEIGHTS)
 
 
 def test_json_is_one_document(run, folder):
@@ -104,3 +104,34 @@ def test_refused_with_one_line(run, folder, arguments, code, words):
 def test_a_converted_file_is_refused(run, folder):
     run("convert", "model.onnx", "-o", "out.onnx")
     refused(run("convert", "out.onnx", "-o", "again.onnx"), 3, "out.onnx", "already converted")
+
+
+@pytest.fixture
+def external(folder):
+    """The model with its weights in a file beside it."""
+    made = onnx.load("model.onnx")
+    onnx.save(made, "model.onnx", save_as_external_data=True, location="model.data", size_threshold=0)
+    (folder / "there").mkdir()
+    return (folder / "model.data").read_bytes()
+
+
+def test_external_weights_are_read_where_they_lie_or_copied(run, folder, external):
+    result = run("convert", "model.onnx", "-o", "out.onnx")
+    assert "in model.data, read where they lie" in result.stdout
+    document = json.loads(run("convert", "model.onnx", "-o", "there/out.onnx", "--json").stdout)
+    assert document["weights"] == {"files": {"model.data": len(external)}, "copied": True}
+    assert (folder / "there" / "model.data").read_bytes() == external
+    result = run("convert", "model.onnx", "-o", "there/out.onnx", "--force", "--weights", "copy")
+    assert "in model.data, copied beside it" in result.stdout
+    assert run("verify", "there/out.onnx", "--source", "model.onnx").exit_code == 0
+    refused(run("convert", "model.onnx", "-o", "there/o.onnx", "--weights", "reference"), 5, "write to that folder")
+    refused(run("convert", "model.onnx", "-o", "o.onnx", "--weights", "copy"), 5, "write to another folder")
+    (folder / "there" / "model.data").write_bytes(external[::-1])
+    refused(run("convert", "model.onnx", "-o", "there/o.onnx"), 8, "holds something else")
+
+
+def test_weights_in_the_model_itself_come_along(run, folder):
+    (folder / "there").mkdir()
+    for choice in ("reference", "copy", "auto"):
+        result = run("convert", "model.onnx", "-o", f"there/{choice}.onnx", "--weights", choice, "--json")
+        assert json.loads(result.stdout)["weights"] == {"files": {}, "copied": False}

@@ -51,3 +51,15 @@ def test_a_gap_is_shown(run, folder, json_flag):
 def test_no_model_is_refused(run, folder):
     refused(run("inspect", "photo.png"), 3, "photo.png", "not an ONNX file")
     refused(run("inspect", "none.onnx", "--json"), 3, "none.onnx")
+
+
+def test_says_where_the_weights_are(run, folder):
+    made = onnx.load("model.onnx")
+    inline = sum(tensor.ByteSize() for tensor in made.graph.initializer)
+    stated = json.loads(run("inspect", "model.onnx", "--json").stdout)["weights"]
+    assert 0.5 * inline < stated["inline"] < inline and stated["external"] == {}
+    assert "in the file" in run("inspect", "model.onnx").stdout
+    onnx.save(made, "model.onnx", save_as_external_data=True, location="model.data", size_threshold=0)
+    size = (folder / "model.data").stat().st_size
+    assert json.loads(run("inspect", "model.onnx", "--json").stdout)["weights"]["external"] == {"model.data": size}
+    assert "in model.data, beside the file" in run("inspect", "model.onnx").stdout
