@@ -32,9 +32,10 @@ from graphgbp.photo import PhotoLike, read_photo
 
 CHANNELS = ("RGB", "BGR", "L")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
-PRESETS = ("imagenet", "unit", "symmetric", "caffe")
+PRESETS = ("imagenet", "unit", "symmetric", "caffe", "pixels")
 OPEN_SIZE = 224
 """The side of the photo for a preset where the model leaves the size open."""
+_WHOLE = 1e-3  # how far from a whole number an integer's value may be
 
 Layout = Literal["NCHW", "NHWC"]
 Size = int | tuple[int, int] | None
@@ -166,7 +167,7 @@ class Recipe:
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         values = (ordered * np.float32(self.scale) - mean) / std
         array = values.transpose(2, 0, 1) if spec.layout == "NCHW" else values
-        return np.ascontiguousarray(array, spec.dtype), np.asarray(image.convert("RGB"))
+        return np.ascontiguousarray(_typed(array, spec)), np.asarray(image.convert("RGB"))
 
     def batch(self, photos: Sequence[PhotoLike], image_input: Mapping[str, Any]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Photos as one batch for the model, [N, C, H, W] or [N, H, W, C], and each as the model sees it.
@@ -219,12 +220,25 @@ class Recipe:
         return None if self.class_names is None else read_class_names(self.class_names)
 
 
+def _typed(array: np.ndarray, spec: ImageInput) -> np.ndarray:
+    """In the input's type; ImageError where that holds integers and the values are none that fit."""
+    if spec.dtype.kind in "iu":
+        limits = np.iinfo(spec.dtype)
+        if array.min() < limits.min or array.max() > limits.max or np.abs(array - np.rint(array)).max() > _WHOLE:
+            raise ImageError(
+                f"the model's input '{spec.name}' takes {spec.dtype}, and the preprocessing makes values from "
+                f"{array.min():g} to {array.max():g}; where the model takes pixels as they are: --preprocess pixels"
+            )
+        array = np.rint(array)
+    return array.astype(spec.dtype)
+
+
 def preset(name: str, spec: ImageInput) -> Recipe:
     """A common recipe, at the model's size: the short side resized and the middle cut out.
 
     `imagenet`: torchvision's, short side 256 for 224. `unit`: values in [0, 1]. `symmetric`: [-1, 1].
-    `caffe`: BGR minus ImageNet's mean colour. A model that is not square gets the whole photo, made to fit;
-    one that leaves its size open gets 224 x 224.
+    `caffe`: BGR minus ImageNet's mean colour. `pixels`: values from 0 to 255, as they are. A model that is not square
+    gets the whole photo, made to fit; one that leaves its size open gets 224 x 224.
 
     Raises RequestError on an unknown name.
     """
@@ -243,9 +257,16 @@ def _colours(name: str, channels: str) -> Recipe:
         return Recipe(channels, scale=1 / 255, mean=(0.0,) * count, std=(1.0,) * count)
     if name == "symmetric":
         return Recipe(channels, scale=1 / 127.5, mean=(1.0,) * count, std=(1.0,) * count)
+    if name == "pixels":
+        return Recipe(channels, mean=(0.0,) * count, std=(1.0,) * count)
     if name == "caffe":
         return Recipe("BGR", mean=(103.939, 116.779, 123.68))
     raise RequestError(f"no preset '{name}'; use {_either(PRESETS)}, or the name of a recipe file")
+
+
+def usual_preset(spec: ImageInput) -> tuple[str, bool]:
+    """What is taken where nothing says how photos become the input, and whether that is a guess."""
+    return ("pixels", False) if spec.dtype.kind in "iu" else ("unit", True)
 
 
 def recipe_beside(model: str | os.PathLike[str]) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a file stores in few bits and the reading view shows as float32: half precision, and quantised numbers.
+"""What a file stores in few bits and the reading view shows as float32: half precision, quantised numbers, pixels.
 
 Rules compute in the types that the view shows. A tensor shown as float32 is read through a Cast, so cotangents and
 masks are float32 throughout and have its range, whatever the deployed forward pass computes in.
@@ -23,10 +23,10 @@ _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 def show_as_float32(graph: gs.Graph, opsets: Mapping[str, int], formed: Collection[str], halves: bool) -> Stored:
     """Let the tensors that stand for real numbers be float32 in a view; gives the types they are stored in, by name.
 
-    Those are the quantised ones and, where `halves`, those of half precision. `formed` names the outputs of nodes that
-    were seen as plain ones: an integer among them is a quantised number.
+    Those are the quantised ones, pixels, and, where `halves`, those of half precision. `formed` names the outputs of
+    nodes that were seen as plain ones: an integer among them is a quantised number.
     """
-    shown: dict[int, gs.Tensor] = {}
+    shown: dict[int, gs.Tensor] = {id(x): x for x in _pixels(graph.inputs)}
     for node in graph.nodes:
         quantised = _quantised(node, opsets, formed, shown)
         half = [x for x in [*node.inputs, *node.outputs] if halves and is_half(x)]
@@ -44,6 +44,18 @@ def show_as_float32(graph: gs.Graph, opsets: Mapping[str, int], formed: Collecti
             stored[twin.name] = np.dtype(x.dtype)
             twin.dtype = np.dtype(np.float32)
     return stored
+
+
+def _pixels(inputs: Collection[gs.Tensor]) -> list[gs.Tensor]:
+    """Inputs of 8-bit integers with channels and positions, where the model has no others of real numbers."""
+    if any(
+        x.dtype is None or is_half(x) or np.dtype(x.dtype).kind == "f" for x in inputs if not isinstance(x.dtype, int)
+    ):
+        return []
+    eight_bits = (np.dtype(np.uint8), np.dtype(np.int8))
+    return [
+        x for x in inputs if not isinstance(x.dtype, int) and np.dtype(x.dtype) in eight_bits and len(x.shape or ()) > 2
+    ]
 
 
 def _in_float32(constant: gs.Constant) -> gs.Tensor:

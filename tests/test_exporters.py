@@ -15,11 +15,11 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx import helper
+from onnx import TensorProto, helper
 
 import graphgbp
 from graphgbp import contract
-from tests.build import drawn
+from tests.build import drawn, model
 from tests.finite_differences import random_direction, sweep
 from tests.float64 import Float64Model
 from tests.maps import assert_maps_equal
@@ -243,3 +243,30 @@ def test_trees_are_refused_by_name():
     with pytest.raises(graphgbp.UnsupportedOperatorError, match=r"'trees': a tree is constant between its thresholds"):
         graphgbp.convert(model, ["saliency"])
     assert [gap["op"] for gap in graphgbp.inspect(model).gaps] == ["TreeEnsembleClassifier"]
+
+
+def test_a_model_that_takes_pixels_as_bytes():
+    """Preprocessing inside the graph: the maps are those of the network behind it, by a pixel as a real number."""
+    inner = [
+        "a = Conv(image, w, b)", "r = Relu(a)", "p = GlobalAveragePool(r)", "f = Flatten(p)", "y = Gemm(f, v)",
+    ]  # fmt: skip
+    outer = ["c = Cast<to=1>(pixels)", "t = Transpose<perm=[0, 3, 1, 2]>(c)", "s = Sub(t, m)", "image = Div(s, d)"]
+    weights = {"w": drawn(6, 3, 3, 3), "b": drawn(6), "v": drawn(6, 4)}
+    constants = {"m": np.float32(127), "d": np.float32(128)}
+    bare = model(inner, {"image": ["n", 3, 12, 12]}, ["y"], weights)
+    whole = model(
+        [*outer, *inner],
+        {"pixels": ["n", 12, 12, 3]},
+        ["y"],
+        weights | constants,
+        dtype=TensorProto.UINT8,
+        output_types={"y": TensorProto.FLOAT},
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 12, 12, 3)).astype(np.uint8)
+    images = ((pixels.astype(np.float32) - 127) / 128).transpose(0, 3, 1, 2)
+    methods = ["guided_backprop", "gradcam"]
+    found = graphgbp.Explainer(whole, methods).explain(pixels, [1, 2])
+    wanted = graphgbp.Explainer(bare, methods).explain(images, [1, 2])
+    assert found.guided_backprop.dtype == np.float32
+    np.testing.assert_allclose(found.guided_backprop.transpose(0, 3, 1, 2) * 128, wanted.guided_backprop, rtol=1e-5)
+    np.testing.assert_allclose(found.gradcam.transpose(0, 3, 1, 2), wanted.gradcam, rtol=1e-5)

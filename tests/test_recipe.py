@@ -7,7 +7,7 @@ from PIL import Image
 
 from graphgbp.errors import ImageError, RequestError
 from graphgbp.photo import read_photo
-from graphgbp.recipe import ImageInput, Recipe, preset, read_class_names, recipe_beside
+from graphgbp.recipe import ImageInput, Recipe, preset, read_class_names, recipe_beside, usual_preset
 
 MODELS = Path(__file__).parents[1] / "models"
 COFFEE = MODELS / "coffee.png"
@@ -59,6 +59,15 @@ def test_ranges(name, low, high, mode):
         photo = Image.new("RGB", (60, 40), (value,) * 3)
         array, _ = preset(name, spec).prepare(photo, spec)
         np.testing.assert_allclose(array, np.full((len(mode), spec.height, spec.width), expected), atol=1e-6)
+
+
+def test_pixels_for_an_input_of_integers():
+    spec = ImageInput.from_shape("x", [None, 8, 8, 3], np.uint8)
+    photo = Image.new("RGB", (8, 8), (1, 128, 255))
+    array, _ = preset(usual_preset(spec)[0], spec).prepare(photo, spec)
+    assert array.dtype == np.uint8 and array[0, 0].tolist() == [1, 128, 255]
+    with pytest.raises(ImageError, match=r"takes uint8.*--preprocess pixels"):
+        preset("unit", spec).prepare(photo, spec)
 
 
 def test_caffe_is_bgr_and_channels_last():

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from graphgbp.recipe import ImageInput, Recipe
 
 STYLES = ("auto", "colour", "absolute", "positive", "negative", "all")
-PRESETS = ("imagenet", "unit", "symmetric", "caffe")
-FALLBACK = "unit"
+PRESETS = ("imagenet", "unit", "symmetric", "caffe", "pixels")
 
 
 @click.command(no_args_is_help=True, short_help="Run it on photos: pictures, arrays, a table.")
@@ -131,18 +130,20 @@ def _class_names(model: str, file: str | None, recipe: "Recipe", classes: int | 
 
 def _recipe(model: str, asked: str | None, spec: "ImageInput") -> tuple["Recipe", str]:
     """The recipe, and where it comes from."""
-    from graphgbp.recipe import Recipe, preset, recipe_beside
+    from graphgbp.recipe import Recipe, preset, recipe_beside, usual_preset
 
     if asked in PRESETS:
         return preset(asked, spec), asked
     path = Path(asked) if asked else recipe_beside(model)
     if path is None:
-        console.say(
-            "warning",
-            f"nothing says how photos become the input of '{model}': taken as '{FALLBACK}', values from 0 to 1, which "
-            f"may be wrong; choose --preprocess {'|'.join(PRESETS)}, or give a recipe file",
-        )
-        return preset(FALLBACK, spec), FALLBACK
+        usual, is_guess = usual_preset(spec)
+        if is_guess:
+            console.say(
+                "warning",
+                f"nothing says how photos become the input of '{model}': taken as '{usual}', values from 0 to 1, which "
+                f"may be wrong; choose --preprocess {'|'.join(PRESETS)}, or give a recipe file",
+            )
+        return preset(usual, spec), usual
     if not path.is_file():
         raise RequestError(f"no recipe file '{path}' and no preset of that name; the presets are {', '.join(PRESETS)}")
     return Recipe.load(path), str(path)
