@@ -1,7 +1,8 @@
 """Appending what the Emitter made to the model: only nodes that an output needs, after everything that was there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
@@ -12,10 +13,11 @@ from graphgbp.emit import Emitter, elem_type
 from graphgbp.errors import GraphgbpError
 from graphgbp.inference import skeleton
 from graphgbp.model_file import tensor_names
-from graphgbp.nodes import node_proto
+from graphgbp.nodes import input_names, node_proto
 from graphgbp.view import View
 
 _READ_SHAPES = ("Shape", "Size")
+_HAVE_FLOAT16 = ("Cast", *_READ_SHAPES)
 _INITIALIZERS_NEED_NO_INPUT = 4  # the IR version from which an initializer need not be a graph input
 
 
@@ -35,7 +37,8 @@ def append(
 ) -> None:
     """Add new inputs, outputs and the nodes the outputs need, emitted or recomputed, to `model`, in place."""
     there = tensor_names(model)
-    nodes = _live([*view.recomputed, *_emitted(view, g.nodes)], outputs, there)
+    nodes = [*view.recomputed, *_emitted(view, g.nodes)]
+    nodes = _live(list(_beside_the_forward_pass(view, nodes, there)), outputs, there)
     read = {x.name: x for node in g.nodes for x in node.inputs if isinstance(x, gs.Constant) and x.name not in there}
     constants = view.constants | {name: x.values for name, x in read.items()}
     graph = model.graph
@@ -65,6 +68,37 @@ def _emitted(view: View, nodes: Sequence[gs.Node]) -> Iterator[onnx.NodeProto]:
                 yield helper.make_node("Cast", [proto.input[index]], [shown], shown, to=onnx.TensorProto.FLOAT)
             proto.input[index] = shown
         yield proto
+
+
+def _beside_the_forward_pass(
+    view: View, nodes: Sequence[onnx.NodeProto], there: Collection[str]
+) -> Iterator[onnx.NodeProto]:
+    """Nodes that read what the model computes in float16 through a Sum of that one tensor.
+
+    ONNX Runtime's CPU provider runs in float32 what it has no float16 kernel for, and does not round between two such
+    nodes. A node between them that has one runs in float32 too, unless a reader of it has one as well: Cast and Shape
+    do, and would round the forward pass where nothing did. Sum has none.
+    """
+    halves, read = _computed_in_float16(view).intersection(there), set()
+    for node in nodes:
+        if node.op_type in _HAVE_FLOAT16 and node.input[0] in halves:
+            name = node.input[0]
+            node.input[0] = f"{SCOPE}/float16/{name}"
+            if name not in read:
+                read.add(name)
+                yield helper.make_node("Sum", [name], [node.input[0]], node.input[0])
+        yield node
+
+
+def _computed_in_float16(view: View) -> set[str]:
+    """The float16 tensors that nodes make of the inputs; what depends on weights alone is folded at load."""
+    made: set[str] = set()
+    moving = {x.name for x in view.graph.inputs}
+    for node in view.graph.nodes:
+        if not moving.isdisjoint(input_names(node)):
+            made.update(y.name for y in node.outputs)
+            moving.update(y.name for y in node.outputs)
+    return {name for name in made if view.stored.get(name) == np.float16}
 
 
 def _live(nodes: Sequence[onnx.NodeProto], outputs: Sequence[gs.Variable], there: set[str]) -> list[onnx.NodeProto]:

@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 SCOPE = "graphgbp"
 RECOMPUTED = f"{SCOPE}/recomputed"  # tensors of functions and branches that the main graph cannot read
 TARGET = "target"
@@ -114,3 +116,12 @@ def public_names(taken: Collection[str], roles: Sequence[str]) -> dict[str, str]
         names[role] = next(name for name in candidates if name not in used)
         used.add(names[role])
     return names
+
+
+def dtype_of(kind: Any) -> np.dtype[Any]:
+    """numpy's type; "bfloat16" is that of ml_dtypes, which ONNX brings. Raises TypeError where there is none."""
+    if kind == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(kind)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from graphgbp.contract import PREDICTED
+from graphgbp.contract import PREDICTED, dtype_of
 from graphgbp.errors import GraphgbpError, ImageError, TargetError
 
 Shape = Sequence[int | str | None]
@@ -62,12 +62,12 @@ def read_images(images: Any, expected: Mapping[str, Any]) -> np.ndarray:
     Raises ImageError where type, rank, a size, or a value (NaN, infinity) does not fit.
     """
     array = _as_array(images, "images", ImageError)
-    array = _typed(array, np.dtype(expected["dtype"]), expected["name"])
+    array = _typed(array, dtype_of(expected["dtype"]), expected["name"])
     shape = expected["shape"]
     if array.ndim == len(shape) - 1 > 0:
         array = array[np.newaxis]
     _check_shape(array.shape, shape, expected)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if _is_real(array.dtype) and not np.isfinite(array).all():
         raise ImageError("the images hold NaN or infinity; look at how they were preprocessed")
     return array
 
@@ -78,7 +78,7 @@ def _as_array(value: Any, what: str, error: type[GraphgbpError]) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as reason:
         words = " ".join(str(reason).split())
         raise error(f"{what} cannot be made into one numpy array: {words}") from reason
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biu" and not _is_real(array.dtype):
         raise error(f"{what} must be an array of numbers, and {type(value).__name__} gives {array.dtype}")
     return array
 
@@ -87,15 +87,19 @@ def _typed(array: np.ndarray, wanted: np.dtype, name: str) -> np.ndarray:
     """The array in the wanted type: floats are cast to floats, nothing else is cast."""
     if array.dtype == wanted:
         return array
-    if array.dtype.kind == wanted.kind == "f":
+    if _is_real(array.dtype) and _is_real(wanted):
         with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused
             return array.astype(wanted)
-    if wanted.kind == "f":
+    if _is_real(wanted):
         raise ImageError(
             f"the images are {array.dtype} and input '{name}' takes {wanted}: preprocess them as the model was "
             "trained, for many models (pixels / 255 - mean) / std"
         )
     raise ImageError(f"the images are {array.dtype} and input '{name}' takes {wanted}; convert them yourself")
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
 def _check_shape(given: tuple[int, ...], shape: Shape, expected: Mapping[str, Any]) -> None:
@@ -151,7 +155,7 @@ def read_targets(targets: Any, images: int, score: Mapping[str, Any]) -> np.ndar
 def _read_classes(labels: np.ndarray, images: int, score: Mapping[str, Any]) -> np.ndarray:
     if labels.size not in (1, images):
         raise TargetError(f"{labels.size} labels for {images} image{'s' * (images > 1)}; {_valid(images, score)}")
-    if labels.dtype.kind == "f" and not (np.isfinite(labels) & (labels == np.floor(labels))).all():
+    if _is_real(labels.dtype) and not (np.isfinite(labels) & (labels == np.floor(labels))).all():
         raise TargetError("labels of shape [N] are classes and must be whole numbers; real weights have shape [N, K]")
     last = score["classes"] and score["classes"] - 1
     for label in labels.tolist():

@@ -8,7 +8,8 @@ from onnx import helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graphgbp.emit import elem_type
-from graphgbp.nodes import node_proto
+from graphgbp.errors import ModelFileError
+from graphgbp.nodes import label, node_proto
 from graphgbp.shapes import is_static
 from graphgbp.sizes import Sizes
 
@@ -79,6 +80,7 @@ def has_graph(node: gs.Node) -> bool:
 
 def _evaluate(node: gs.Node, opsets: dict[str, int]) -> np.ndarray:
     from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import RuntimeTypeError
 
     feeds = {tensor.name: tensor.values for tensor in node.inputs if not tensor.is_empty()}
     graph = helper.make_graph(
@@ -90,4 +92,9 @@ def _evaluate(node: gs.Node, opsets: dict[str, int]) -> np.ndarray:
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", max(opsets[""], _EVALUATED_AT.get(node.op, 0)))]
     )
-    return np.asarray(next(iter(ReferenceEvaluator(model).run(None, feeds))))
+    try:
+        return np.asarray(next(iter(ReferenceEvaluator(model).run(None, feeds))))
+    except RuntimeTypeError as error:
+        raise ModelFileError(
+            f"node '{label(node)}' ({node.op}) does not fit its inputs: {error}; repair the file or its export"
+        ) from None

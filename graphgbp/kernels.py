@@ -9,7 +9,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, defs, shape_inference
 
-PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
+_CPU = "CPUExecutionProvider"
+PROVIDERS = (_CPU, "CUDAExecutionProvider")
 
 
 @cache
@@ -27,6 +28,7 @@ def missing_kernels(provider: str, model: onnx.ModelProto, nodes: Iterable[onnx.
 def has_kernel(provider: str, node: onnx.NodeProto, opsets: Mapping[str, int], types: Mapping[str, int]) -> bool:
     """Whether a provider runs this node: an entry for its since_version that takes every input's type.
 
+    The CPU provider runs a float16 node that it has no kernel for in float32.
     An input or output whose type is not known is not held against it. A Constant needs no kernel.
     """
     domain = _plain(node.domain)
@@ -39,10 +41,18 @@ def has_kernel(provider: str, node: onnx.NodeProto, opsets: Mapping[str, int], t
     for entry in _table()[provider].get(domain, {}).get(node.op_type, []):
         first, last = entry["opset"]
         if first <= schema.since_version and (last is None or schema.since_version <= last):
-            bound = _bindings(node, schema, types)
-            if all(kind in entry["types"].get(parameter, [kind]) for parameter, kind in bound):
+            bound = list(_bindings(node, schema, types))
+            if _takes(entry, bound) or (provider == _CPU and _takes(entry, _in_float32(bound))):
                 return True
     return False
+
+
+def _takes(entry: Mapping[str, Any], bound: Iterable[tuple[str, str]]) -> bool:
+    return all(kind in entry["types"].get(parameter, [kind]) for parameter, kind in bound)
+
+
+def _in_float32(bound: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(parameter, "float" if kind == "float16" else kind) for parameter, kind in bound]
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, int]:

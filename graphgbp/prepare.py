@@ -32,7 +32,7 @@ from graphgbp.plain.quantised import dequantized, quantized_in_plain_nodes
 from graphgbp.sizes import Sizes
 from graphgbp.stored import show_as_float32
 from graphgbp.view import View
-from graphgbp.weights import read_weights_from, with_small_weights
+from graphgbp.weights import read_weights_from, type_bfloat16, with_small_weights
 
 READ_AS = {"CastLike": "Cast"}
 """Operators that the view shows as another one."""
@@ -57,7 +57,8 @@ def flatten(model: onnx.ModelProto, folder: Path | None = None) -> View:
     seen, calls = see_through_functions(model)
     with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns of what is no tensor
         graph = gs.import_onnx(seen)
-    read_weights_from(folder, graph)
+        read_weights_from(folder, graph)
+        type_bfloat16(graph)
     opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     graph.nodes[:] = topological_order(graph)
     _refuse_undefined(graph)

@@ -27,6 +27,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from PIL import Image
 
+from graphgbp.contract import dtype_of
 from graphgbp.errors import ImageError, RequestError
 from graphgbp.photo import PhotoLike, read_photo
 
@@ -72,7 +73,7 @@ class ImageInput:
         layout = layout or _layout(sizes, shown)
         height, width = sizes[2:] if layout == "NCHW" else sizes[1:3]
         channels = sizes[1] if layout == "NCHW" else sizes[3]
-        return cls(name, height, width, channels, cast(Layout, layout), np.dtype(dtype))
+        return cls(name, height, width, channels, cast(Layout, layout), dtype_of(dtype))
 
 
 def _layout(sizes: Sequence[int | None], shown: str) -> Layout:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from graphgbp import contract
-from graphgbp.contract import Manifest
+from graphgbp.contract import Manifest, dtype_of
 from graphgbp.errors import DeviceError, GraphgbpError, ModelFileError, RequestError, TargetError
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
+_BFLOAT16, _ONNX_BFLOAT16 = "bfloat16", 16
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: what it would log as an error is raised as one too
 _INSTALL = "pip install 'graphgbp[cuda]' brings NVIDIA's libraries"
 
@@ -148,21 +149,37 @@ class Session:
         )
 
     def _fetch(self, feeds: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
-        from onnxruntime import OrtValue
-
         binding = self._session.io_binding()
+        arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         try:
-            for name, array in feeds.items():
-                value = OrtValue.ortvalue_from_numpy(
-                    np.asarray(array, order="C"), self._device.kind, self._device.index
-                )
-                binding.bind_ortvalue_input(name, value)
+            for name, array in arrays.items():
+                binding.bind_ortvalue_input(name, _to_runtime(array, self._device))
             for name in names:
                 binding.bind_output(name, "cpu")
             self._session.run_with_iobinding(binding)
-            return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+            return {name: _from_runtime(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise _run_error(error) from error
+
+
+def _to_runtime(array: np.ndarray, device: Device) -> Any:
+    """An array as ONNX Runtime takes it. A bfloat16 one is not copied and must outlive what comes back."""
+    from onnxruntime import OrtValue
+
+    if array.dtype.name == _BFLOAT16:
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
+    return OrtValue.ortvalue_from_numpy(array, device.kind, device.index)
+
+
+def _from_runtime(value: Any) -> np.ndarray:
+    """A tensor on the CPU as numpy's array; bfloat16, which ONNX Runtime does not give numpy, in ml_dtypes' type."""
+    if value.data_type() != f"tensor({_BFLOAT16})":
+        return value.numpy()
+    dtype, shape = dtype_of(_BFLOAT16), value.shape()
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    content = ctypes.string_at(value.data_ptr(), int(np.prod(shape)) * dtype.itemsize)
+    return np.frombuffer(content, dtype).reshape(shape).copy()
 
 
 def cuda_obstacle(index: int = 0) -> str | None:
@@ -280,7 +297,7 @@ def _dtype(kind: str) -> np.dtype | None:
     found = re.fullmatch(r"tensor\((\w+)\)", kind)
     name = {"float": "float32", "double": "float64"}.get(found[1], found[1]) if found else ""
     try:
-        return np.dtype(name) if name else None
+        return dtype_of(name) if name else None
     except TypeError:
         return None
 

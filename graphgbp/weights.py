@@ -239,3 +239,17 @@ def read_weights_from(folder: Path | None, graph: gs.Graph) -> None:
                 read_weights_from(folder, held)
             elif isinstance(held, gs.Constant) and type(held._values) is LazyValues:
                 held._values = _Values(held._values.tensor, folder)
+
+
+def type_bfloat16(graph: gs.Graph) -> None:
+    """Give bfloat16 tensors numpy's type for it, from ml_dtypes as ONNX has it, where gs leaves ONNX's enum."""
+    tensors = [*graph.inputs, *graph.outputs]
+    for node in graph.nodes:
+        tensors += [*node.inputs, *node.outputs, *(x for x in node.attrs.values() if isinstance(x, gs.Tensor))]
+        for value in node.attrs.values():
+            if isinstance(value, gs.Graph):
+                type_bfloat16(value)
+    for tensor in tensors:
+        holder = tensor._values if isinstance(tensor, gs.Constant) else tensor
+        if isinstance(holder.dtype, int) and holder.dtype == onnx.TensorProto.BFLOAT16:
+            holder.dtype = helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)

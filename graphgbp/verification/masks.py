@@ -80,6 +80,11 @@ def masked_maps(subject: Subject, policy: str) -> dict[str, str]:
     return subject.by_input(method) or subject.factors(contract.GUIDED_GRADCAM)
 
 
+def _is_copy(node: onnx.NodeProto) -> bool:
+    """Whether the node is how float16 is read: the Sum of one tensor."""
+    return node.op_type == "Sum" and len(node.input) == 1
+
+
 class _Flow:
     """The appended nodes of a backward pass, by what they make and by what they read."""
 
@@ -99,7 +104,7 @@ class _Flow:
             for node in self._readers.get(tensor, []):
                 if node.op_type in ("Mul", "Where") and node.name.startswith(self.scopes):
                     yield node
-                elif node.op_type in _GATES and not seen.issuperset(node.output):
+                elif (node.op_type in _GATES or _is_copy(node)) and not seen.issuperset(node.output):
                     seen.update(node.output)
                     waiting.extend(node.output)
 
