@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -15,16 +16,16 @@ from graphgbp.backward import backward, is_float
 from graphgbp.contract import Manifest, public_names
 from graphgbp.emit import Emitter
 from graphgbp.errors import ModelFileError, RequestError
-from graphgbp.prepare import prepare
+from graphgbp.prepare import View, prepare
 from graphgbp.source import ModelLike, open_source, weights_folder
 
 
 def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None) -> onnx.ModelProto:
     """Append the vector-Jacobian product: an input `<output>_grad` per output, an output `<input>_grad` per input.
 
-    x_grad = sum over outputs of (d output / d x)^T output_grad, in the model's own type; x_grad has x's shape and
-    y_grad must have y's. By default every float input and every float output takes part. An input on which no output
-    depends gets zeros.
+    x_grad = sum over outputs of (d output / d x)^T output_grad; x_grad has x's shape and type, and y_grad must have
+    y's. Between them half precision is float32. By default every float input and every float output takes part. An
+    input on which no output depends gets zeros.
 
     Raises UnsupportedOperatorError, RequestError for a name that is no float input or output, ModelFileError.
     """
@@ -40,18 +41,26 @@ def append_vjp(
     outputs: Sequence[str] | None,
 ) -> onnx.ModelProto:
     """`vjp` of a model of our own, which is changed; `record` is what the manifest says of its source."""
-    view = prepare(source, folder, halves=False)
+    view = prepare(source, folder)
     g = Emitter(view.graph, view.opset)
     wanted = _choose(inputs, view.graph.inputs, "input")
     seeded = _choose(outputs, view.graph.outputs, "output")
     roles = [f"{y.name}_grad" for y in seeded] + [f"{x.name}_grad" for x in wanted]
     names = public_names(model_file.taken_names(source), roles)
-    seeds = {y.name: gs.Variable(names[f"{y.name}_grad"], y.dtype, y.shape) for y in seeded}
+    given = {y.name: gs.Variable(names[f"{y.name}_grad"], _own_type(view, y), y.shape) for y in seeded}
+    seeds = {y.name: g.cast(given[y.name], y.dtype) for y in seeded}
     found = backward(g, view, seeds, [x.name for x in wanted], table_of(view), "vjp")
-    results = [g.name_output(found.get(x.name) or g.zeros_like(x), names[f"{x.name}_grad"]) for x in wanted]
-    append_checked(source, view, g, list(seeds.values()), results)
+    gradients = {x.name: g.cast(found.get(x.name) or g.zeros_like(x), _own_type(view, x)) for x in wanted}
+    results = [g.name_output(gradient, names[f"{name}_grad"]) for name, gradient in gradients.items()]
+    append_checked(source, view, g, list(given.values()), results)
     model_file.append_metadata(source, Manifest(kind="vjp", graphgbp=__version__, names=names, **record))
     return source
+
+
+def _own_type(view: View, tensor: gs.Tensor) -> np.dtype[Any]:
+    """The type of a tensor's cotangent: its own in the file, or float32 where that is an integer."""
+    stored = view.stored.get(tensor.name, tensor.dtype)
+    return tensor.dtype if stored.kind in "iu" else stored
 
 
 def _choose(names: Sequence[str] | None, tensors: Sequence[gs.Tensor], kind: str) -> list[gs.Tensor]:

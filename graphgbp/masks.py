@@ -2,8 +2,8 @@
 
 In float32 the mask is a number, 0 or 1, from HardSigmoid(a x + b) = clip(a x + b, 0, 1): ONNX Runtime's CPU provider
 runs HardSigmoid and Mul inside its blocked layout, where Greater and Where each cost a reorder of the tensor both ways.
-The number is exact because a is a power of two, which scales without rounding. Other types have too little range
-(float16) or other kernels (double): there it is Greater and Where.
+The number is exact because a is a power of two, which scales without rounding. float16 has too little range for it,
+bfloat16 too few digits: both are read as float32. Double has other kernels: there it is Greater and Where.
 
 A mask is a constant to any further derivative.
 """

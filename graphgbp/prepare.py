@@ -38,13 +38,13 @@ READ_AS = {"CastLike": "Cast"}
 """Operators that the view shows as another one."""
 
 
-def prepare(model: onnx.ModelProto, folder: Path | None = None, *, halves: bool = True) -> View:
+def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
     """Build the reading view of a model at opset 16 or newer; the model itself is not changed.
 
-    `folder` holds the model's external data, where it has any. `halves` shows half precision as float32.
+    `folder` holds the model's external data, where it has any.
     """
     view = flatten(model, folder)
-    view.stored = show_as_float32(view.graph, view.opsets, view.formed, halves)
+    view.stored = show_as_float32(view.graph, view.opsets, view.formed)
     view.tensors = {tensor.name: tensor for tensor in _tensors(view.graph)}
     view.named = {path: view.tensors[name] for path, name in view.seen_through.items() if name in view.tensors}
     view.named.update({node.name: node.outputs[0] for node in reversed(view.graph.nodes) if node.name and node.outputs})

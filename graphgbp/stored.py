@@ -20,18 +20,18 @@ _SMALL = 1024  # a smaller constant is written as float32, a larger one is cast
 _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 
 
-def show_as_float32(graph: gs.Graph, opsets: Mapping[str, int], formed: Collection[str], halves: bool) -> Stored:
+def show_as_float32(graph: gs.Graph, opsets: Mapping[str, int], formed: Collection[str]) -> Stored:
     """Let the tensors that stand for real numbers be float32 in a view; gives the types they are stored in, by name.
 
-    Those are the quantised ones, pixels, and, where `halves`, those of half precision. `formed` names the outputs of
-    nodes that were seen as plain ones: an integer among them is a quantised number.
+    Those are the quantised ones, pixels, and those of half precision. `formed` names the outputs of nodes that were seen
+    as plain ones: an integer among them is a quantised number.
     """
     shown: dict[int, gs.Tensor] = {id(x): x for x in _pixels(graph.inputs)}
     for node in graph.nodes:
         quantised = _quantised(node, opsets, formed, shown)
-        half = [x for x in [*node.inputs, *node.outputs] if halves and is_half(x)]
+        half = [x for x in [*node.inputs, *node.outputs] if is_half(x)]
         shown.update((id(x), x) for x in [*quantised, *half])
-    shown.update((id(x), x) for x in [*graph.inputs, *graph.outputs] if halves and is_half(x))
+    shown.update((id(x), x) for x in [*graph.inputs, *graph.outputs] if is_half(x))
     twins = {key: _in_float32(x) for key, x in shown.items() if isinstance(x, gs.Constant)}
     for node in graph.nodes if twins else []:
         for index, x in enumerate(node.inputs):
