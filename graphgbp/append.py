@@ -1,6 +1,6 @@
 """Appending what the Emitter made to the model: only nodes that an output needs, after everything that was there."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -38,7 +38,7 @@ def append(
     """Add new inputs, outputs and the nodes the outputs need, emitted or recomputed, to `model`, in place."""
     there = tensor_names(model)
     nodes = [*view.recomputed, *_emitted(view, g.nodes)]
-    nodes = _live(list(_beside_the_forward_pass(view, nodes, there)), outputs, there)
+    nodes = _live(list(_beside_the_forward_pass(view, nodes)), outputs, there)
     read = {x.name: x for node in g.nodes for x in node.inputs if isinstance(x, gs.Constant) and x.name not in there}
     constants = view.constants | {name: x.values for name, x in read.items()}
     graph = model.graph
@@ -70,16 +70,14 @@ def _emitted(view: View, nodes: Sequence[gs.Node]) -> Iterator[onnx.NodeProto]:
         yield proto
 
 
-def _beside_the_forward_pass(
-    view: View, nodes: Sequence[onnx.NodeProto], there: Collection[str]
-) -> Iterator[onnx.NodeProto]:
+def _beside_the_forward_pass(view: View, nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     """Nodes that read what the model computes in float16 through a Sum of that one tensor.
 
     ONNX Runtime's CPU provider runs in float32 what it has no float16 kernel for, and does not round between two such
     nodes. A node between them that has one runs in float32 too, unless a reader of it has one as well: Cast and Shape
     do, and would round the forward pass where nothing did. Sum has none.
     """
-    halves, read = _computed_in_float16(view).intersection(there), set()
+    halves, read = _computed_in_float16(view), set()
     for node in nodes:
         if node.op_type in _HAVE_FLOAT16 and node.input[0] in halves:
             name = node.input[0]

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from graphgbp.emit import Emitter, Size
 from graphgbp.registry import Cotangent, vjp
@@ -70,8 +71,11 @@ def attention(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
 
 
 def _probabilities(g: Emitter, node: gs.Node, logits: gs.Tensor) -> gs.Tensor:
-    """softmax of the masked logits; 0 in a row where every key is masked, as ONNX Runtime has it"""
-    mask, precision = _mask(node), node.attrs.get("softmax_precision")
+    """softmax of the masked logits; 0 in a row where every key is masked, as ONNX Runtime has it
+
+    A softmax_precision of half is met in float32, whose range a gradient keeps.
+    """
+    mask, in_double = _mask(node), node.attrs.get("softmax_precision") == TensorProto.DOUBLE
     bounds = _bounds(node)
     masked = logits
     if mask is not None:
@@ -81,7 +85,7 @@ def _probabilities(g: Emitter, node: gs.Node, logits: gs.Tensor) -> gs.Tensor:
         )
     if bounds != (None, None):
         masked = _within(g, masked, *bounds)
-    p = g.op("Softmax", masked if precision is None else g.cast(masked, int(precision)), axis=-1)
+    p = g.op("Softmax", g.cast(masked, np.float64) if in_double else masked, axis=-1)
     p = g.cast(p, logits.dtype)
     if masked is logits:
         return p
