@@ -16,8 +16,9 @@ from graphgbp.backward import backward, is_float
 from graphgbp.contract import Manifest, public_names
 from graphgbp.emit import Emitter
 from graphgbp.errors import ModelFileError, RequestError
-from graphgbp.prepare import View, prepare
+from graphgbp.prepare import prepare
 from graphgbp.source import ModelLike, open_source, weights_folder
+from graphgbp.view import View
 
 
 def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None) -> onnx.ModelProto:

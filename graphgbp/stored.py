@@ -23,8 +23,8 @@ _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 def show_as_float32(graph: gs.Graph, opsets: Mapping[str, int], formed: Collection[str]) -> Stored:
     """Let the tensors that stand for real numbers be float32 in a view; gives the types they are stored in, by name.
 
-    Those are the quantised ones, pixels, and those of half precision. `formed` names the outputs of nodes that were seen
-    as plain ones: an integer among them is a quantised number.
+    Those are the quantised ones, pixels, and those of half precision. `formed` names the outputs of nodes that were
+    seen as plain ones: an integer among them is a quantised number.
     """
     shown: dict[int, gs.Tensor] = {id(x): x for x in _pixels(graph.inputs)}
     for node in graph.nodes:
