@@ -7,6 +7,7 @@ not touch, and come back written for opset 16:
     Upsample-7, Upsample-9, Resize-10   sample at i / scale; the converter makes that (i + 0.5) / scale - 0.5
     Hardmax-1, Hardmax-11               the maximum over all axes from `axis` on; the converter takes that axis alone
     Scatter-9                           right, but the converter renames its output
+    what has no schema then             LayerNormalization and its like, which ONNX Runtime writes at any opset
     local functions                     inlined, because the converter drops them
 
 Old and new are then run on the same random input and must agree.
@@ -93,7 +94,8 @@ def _prepared(model: onnx.ModelProto, source: int) -> onnx.ModelProto:
     copy.opset_import.add(domain=_ASIDE, version=1)
     for graph in _graphs(copy.graph):
         for node in graph.node:
-            if _is_standard(node.domain) and source in _MENDS.get(node.op_type, ((),))[0]:
+            faulty = source in _MENDS.get(node.op_type, ((),))[0]
+            if _is_standard(node.domain) and (faulty or not onnx.defs.has(node.op_type, source)):
                 node.domain = _ASIDE
     return copy
 
@@ -112,13 +114,13 @@ def _raised_nodes(
         original = originals.get(_output(node))
         if original is None or (node.domain != _ASIDE and node.op_type != original.op_type):
             yield node
-        elif node.domain == _ASIDE:
+        elif node.domain == _ASIDE and node.op_type in _MENDS:
             replacement, what = _MENDS[node.op_type][1](original, constants)
             replacement[-1].name, replacement[-1].doc_string = original.name, original.doc_string
             replacement[-1].metadata_props.extend(original.metadata_props)
             mended.append(f"{node.op_type} '{original.name or _output(original)}': {what}")
             yield from replacement
-        elif node.op_type == "Constant":
+        elif node.domain == _ASIDE or node.op_type == "Constant":
             yield original
         else:
             _keep_subgraphs(original, node, constants, mended, folder)

@@ -1,22 +1,12 @@
 """Files that ONNX Runtime saved for one machine are refused once, with what to do."""
 
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import helper
 
 import graphgbp
 from tests.build import small_cnn
-
-LEVELS = ort.GraphOptimizationLevel
-
-
-def saved(model: onnx.ModelProto, path, level) -> onnx.ModelProto:
-    options = ort.SessionOptions()
-    options.graph_optimization_level, options.optimized_model_filepath = level, str(path)
-    options.log_severity_level = 3
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return onnx.load(path)
+from tests.optimised import operators, optimised
 
 
 def in_domain(domain: str, op: str) -> onnx.ModelProto:
@@ -43,7 +33,7 @@ def test_a_compiled_part(act):
         act(in_domain("com.microsoft", "EPContext"))
 
 
-def test_the_layout_is_the_last_level_of_optimisation_and_what_is_advised_helps(tmp_path):
+def test_the_layout_is_the_last_level_of_optimisation_and_what_is_advised_helps():
     """Wide enough a convolution is rewritten on every CPU with vector instructions."""
     model = small_cnn()
     wide = [value for value in model.graph.initializer if value.name in ("w1", "b1", "w2")]
@@ -52,11 +42,12 @@ def test_the_layout_is_the_last_level_of_optimisation_and_what_is_advised_helps(
         repeated = values.repeat(8, 0) if value.name != "w2" else values.repeat(8, 1)
         value.CopyFrom(onnx.numpy_helper.from_array(repeated, value.name))
     del model.graph.value_info[:]
-    optimised = saved(model, tmp_path / "all.onnx", LEVELS.ORT_ENABLE_ALL)
-    if not any(node.domain == "com.microsoft.nchwc" for node in optimised.graph.node):
+    blocked = optimised(model, "all")
+    if not any(node.domain == "com.microsoft.nchwc" for node in blocked.graph.node):
         pytest.skip("ONNX Runtime has no blocked layout for this CPU")
     with pytest.raises(graphgbp.UnsupportedError, match="blocked layout"):
-        graphgbp.convert(optimised)
-    advised = saved(model, tmp_path / "extended.onnx", LEVELS.ORT_ENABLE_EXTENDED)
+        graphgbp.convert(blocked)
+    advised = optimised(model, "extended")
+    assert operators(advised)["com.microsoft.FusedConv"] == 2
     assert len(graphgbp.inspect(advised).rectifiers) == 2
     graphgbp.convert(advised)
