@@ -3,9 +3,10 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 SCOPE = "graphgbp"
 RECOMPUTED = f"{SCOPE}/recomputed"  # tensors of functions and branches that the main graph cannot read
@@ -118,8 +119,10 @@ def public_names(taken: Collection[str], roles: Sequence[str]) -> dict[str, str]
     return names
 
 
-def dtype_of(kind: Any) -> np.dtype[Any]:
-    """numpy's type; "bfloat16" is that of ml_dtypes, which ONNX brings. Raises TypeError where there is none."""
+def dtype_of(kind: Any) -> "np.dtype[Any]":
+    """numpy's type; "bfloat16" is that of ml_dtypes. Raises TypeError where there is none."""
+    import numpy as np
+
     if kind == "bfloat16":
         import ml_dtypes
 
