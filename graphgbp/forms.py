@@ -16,6 +16,9 @@ from graphgbp.emit import Emitter
 from graphgbp.registry import since_version
 
 MICROSOFT = "com.microsoft"
+REFUSED = "Refused"
+"""The words of a form that only says why there is none."""
+
 HALVES = ("float16", "bfloat16")
 
 Form: TypeAlias = Callable[..., gs.Tensor | Sequence[gs.Tensor | None] | None]

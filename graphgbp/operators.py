@@ -5,9 +5,11 @@
     surrogate          its gradient is a stand-in for a derivative that is zero (straight-through)
     unsupported        nobody wrote a rule: on a path from input to target it is refused by name
 
-The table is read from the registry and ONNX's own schemas, so it cannot disagree with what a conversion does.
+Beside them stand ONNX Runtime's own operators that are seen as the plain ones they stand for. The table is read from
+the registry, the forms and ONNX's own schemas, so it cannot disagree with what a conversion does.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +25,9 @@ from graphgbp.registry import Entry, Key, Rule, Unsupported
 from graphgbp.source import NEWEST_OPSET
 
 RULE, ZERO, SURROGATE, UNSUPPORTED = SETS = ("rule", "nondifferentiable", "surrogate", "unsupported")
+PLAIN = "plain"
+"""What an operator of ONNX Runtime's own is that stands for operators of ONNX."""
+
 OPSETS = {"": range(RAISED_TO, NEWEST_OPSET + 1), "ai.onnx.ml": range(1, 6)}
 """The opsets of each domain whose operators the table lists."""
 
@@ -31,7 +36,8 @@ OPSETS = {"": range(RAISED_TO, NEWEST_OPSET + 1), "ai.onnx.ml": range(1, 6)}
 class Operator:
     """An operator in one of the four sets; `versions` are the since_versions that the listed opsets use.
 
-    `gradients` names the inputs that get a gradient; a name with `...` stands for any number of inputs.
+    `gradients` names the inputs that get a gradient; a name with `...` stands for any number of inputs. An operator of
+    ONNX Runtime's own (`set` is "plain") has what it `stands_for` in their place.
     """
 
     domain: str
@@ -39,13 +45,33 @@ class Operator:
     versions: tuple[int, ...]
     set: str
     gradients: tuple[str, ...]
+    stands_for: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def ops() -> list[Operator]:
-    """Every operator of ONNX that a model at a supported opset can hold, by domain and name."""
+    """Every operator of ONNX that a model at a supported opset can hold, by domain and name, then ONNX Runtime's."""
+    return [*_onnx(), *_onnx_runtime()]
+
+
+def _onnx_runtime() -> list[Operator]:
+    """The operators that ONNX has no schema of and that are seen as plain ones, by the words of their forms."""
+    known = {(schema.domain, schema.name, schema.since_version) for schema in schemas()}
+    words = {
+        name: inspect.cleandoc(entry.form.__doc__ or "").splitlines()[0]
+        for (domain, name, version), entry in forms.table().items()
+        if (domain, name, version) not in known
+    }
+    return [
+        Operator(forms.MICROSOFT, name, (1,), PLAIN, (), stands_for)
+        for name, stands_for in sorted(words.items())
+        if stands_for != forms.REFUSED
+    ]
+
+
+def _onnx() -> list[Operator]:
     table = registry.table()
     found: dict[tuple[str, str, str], list[onnx.defs.OpSchema]] = {}
     for schema in schemas():
@@ -92,7 +118,7 @@ def set_of(entry: Entry | None) -> str:
 
 def counts(operators: Sequence[Operator]) -> dict[str, int]:
     """How many operators are in each set."""
-    return {kind: sum(operator.set == kind for operator in operators) for kind in SETS}
+    return {kind: sum(operator.set == kind for operator in operators) for kind in (*SETS, PLAIN)}
 
 
 def to_markdown() -> str:
@@ -115,6 +141,9 @@ def to_markdown() -> str:
             for o in operators
             if o.domain == domain
         ]
+    lines += ["", "## Of ONNX Runtime's own: com.microsoft, and normalizations that it writes into ai.onnx", ""]
+    lines += ["| operator | seen as |", "|---|---|"]
+    lines += [f"| {o.name} | {o.stands_for} |" for o in operators if o.set == PLAIN]
     return "\n".join(lines) + "\n"
 
 
@@ -123,6 +152,7 @@ _MEANING = {
     ZERO: "no real number in or out, or derivative zero almost everywhere",
     SURROGATE: "a stand-in for a derivative that is zero, named in the manifest",
     UNSUPPORTED: "refused by name on a path from input to target",
+    PLAIN: "an operator of ONNX Runtime's own, seen as the operators that it stands for",
 }
 
 

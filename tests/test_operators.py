@@ -9,7 +9,7 @@ import pytest
 
 import graphgbp
 from graphgbp import forms, operators, registry
-from graphgbp.operators import RULE, SETS, SURROGATE, UNSUPPORTED, ZERO
+from graphgbp.operators import PLAIN, RULE, SETS, SURROGATE, UNSUPPORTED, ZERO
 from graphgbp.prepare import READ_AS
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,8 @@ SET = {(operator.domain, operator.name): operator.set for operator in TABLE}
 
 def test_each_operator_is_in_exactly_one_set():
     assert len(SET) == len(TABLE)
-    assert set(SET.values()) <= set(SETS)
+    assert {kind for (domain, _), kind in SET.items() if domain in operators.OPSETS} <= set(SETS)
+    assert {kind for (domain, _), kind in SET.items() if domain not in operators.OPSETS} == {PLAIN}
 
 
 @pytest.mark.parametrize("domain", operators.OPSETS)
@@ -39,7 +40,7 @@ def test_the_table_is_the_registry():
     listed = {(o.domain, o.name, version): o.set for o in TABLE for version in o.versions}
     assert set(registered) <= set(listed)
     for key, found in listed.items():
-        if key[1] in READ_AS or key in forms.table():
+        if found == PLAIN or key[1] in READ_AS or key in forms.table():
             continue
         entry = registered.get(key)
         if found == UNSUPPORTED:
@@ -52,6 +53,14 @@ def test_the_table_is_the_registry():
 def test_what_is_seen_as_plain_nodes_is_a_surrogate_where_it_quantises():
     quantised = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
     assert {SET["", name] for name in quantised} == {SURROGATE}
+
+
+def test_every_form_of_onnx_runtimes_own_operators_is_there_with_what_it_stands_for():
+    own = {name for domain, name, _ in forms.table() if domain == forms.MICROSOFT}
+    found = {operator.name: operator.stands_for for operator in TABLE if operator.set == PLAIN}
+    assert own - set(found) == {"DynamicQuantizeLSTM"}
+    assert set(found) - own == {"LayerNormalization", "SimplifiedLayerNormalization"}
+    assert all(found.values()) and found["FusedConv"] == "activation(Conv(x, w, b) + z)"
 
 
 def test_what_is_read_as_another_operator_is_in_its_set():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--markdown", is_flag=True, help="Print docs/operators.md.")
 def ops(names: tuple[str, ...], as_json: bool, markdown: bool) -> None:
-    """List every operator of ONNX (or those of NAMES) and how a gradient passes each."""
+    """List every operator of ONNX, and of ONNX Runtime's own (or those of NAMES), and how a gradient passes each."""
     from graphgbp import operators
     from graphgbp.errors import RequestError
 
@@ -26,7 +26,7 @@ def ops(names: tuple[str, ...], as_json: bool, markdown: bool) -> None:
     unknown = sorted(set(names) - {operator.name for operator in found})
     if unknown:
         raise RequestError(
-            f"no operator of ONNX is called {', '.join(unknown)}; names are spelled as in Conv or MatMul"
+            f"no operator of ONNX or ONNX Runtime is called {', '.join(unknown)}; names are spelled as in MatMul"
         )
     if as_json:
         console.print_json([operator.to_dict() for operator in found])
@@ -36,8 +36,13 @@ def ops(names: tuple[str, ...], as_json: bool, markdown: bool) -> None:
 
 
 def _show(found: "list[Operator]") -> None:
-    table = console.table("operator", "versions", "set", "gradient to")
+    table = console.table("operator", "versions", "set", "gradient to, or stands for")
     for operator in found:
         name = f"{operator.domain}.{operator.name}" if operator.domain else operator.name
-        table.add_row(name, ", ".join(map(str, operator.versions)), operator.set, ", ".join(operator.gradients))
+        table.add_row(
+            name,
+            ", ".join(map(str, operator.versions)),
+            operator.set,
+            operator.stands_for or ", ".join(operator.gradients),
+        )
     console.show(table)
