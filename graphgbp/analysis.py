@@ -74,23 +74,11 @@ class Analysis:
 
     @cached_property
     def activations(self) -> Activations:
-        found = find_activations(self.active)
-        return Activations(*([self._in_its_node(activation) for activation in kind] for kind in found))
-
-    def _in_its_node(self, activation: Activation) -> Activation:
-        """An activation that stands in no node of its own in the file, and the node that it stands in."""
-        if id(activation.node) not in self.view.standing_for:
-            return activation
-        op, name = self.view.standing_for[id(activation.node)]
-        how = "swallowed by" if op in QUANTISERS else "in"
-        reason = f"{activation.reason}; {how} {op} '{name}'"
-        return replace(activation, clothing=f"{activation.clothing} {how} {op}", reason=reason)
+        return activations_among(self.view, self.active)
 
     @cached_property
     def surrogates(self) -> list[str]:
-        """The quantisers that the gradient goes straight through, by the name of their node in the file."""
-        nodes = [node for node in self.active if getattr(self.rule_for(node), "surrogate", False)]
-        return [self.view.standing_for.get(id(node), ("", label(node)))[1] for node in nodes]
+        return surrogates_among(self.view, self.active)
 
     @property
     def rectifiers(self) -> list[Activation]:
@@ -135,6 +123,28 @@ class Analysis:
 
 def _main(images: Sequence[Image]) -> Image:
     return next((image for image in images if image.layout is not None), images[0])
+
+
+def activations_among(view: View, nodes: Sequence[gs.Node]) -> Activations:
+    """The rectifiers and smooth activations among nodes, in words of the file."""
+    return Activations(*([_in_its_node(view, activation) for activation in kind] for kind in find_activations(nodes)))
+
+
+def _in_its_node(view: View, activation: Activation) -> Activation:
+    """An activation that stands in no node of its own in the file, and the node that it stands in."""
+    if id(activation.node) not in view.standing_for:
+        return activation
+    op, name = view.standing_for[id(activation.node)]
+    how = "swallowed by" if op in QUANTISERS else "in"
+    reason = f"{activation.reason}; {how} {op} '{name}'"
+    return replace(activation, clothing=f"{activation.clothing} {how} {op}", reason=reason)
+
+
+def surrogates_among(view: View, nodes: Sequence[gs.Node]) -> list[str]:
+    """The quantisers that the gradient goes straight through, by the name of their node in the file."""
+    rule_for = table_of(view)
+    found = [node for node in nodes if getattr(rule_for(node), "surrogate", False)]
+    return [view.standing_for.get(id(node), ("", label(node)))[1] for node in found]
 
 
 def table_of(view: View) -> RuleFor:

@@ -26,9 +26,11 @@ def run(model: onnx.ModelProto, feeds: Feeds, folder: Path | None = None) -> lis
     return Session(model, folder).run(feeds)
 
 
-def outputs_of(model: onnx.ModelProto, feeds: Feeds, folder: Path | None = None) -> dict[str, Any]:
+def outputs_of(
+    model: onnx.ModelProto, feeds: Feeds, folder: Path | None = None, *, optimised: bool = False
+) -> dict[str, Any]:
     """The model's outputs by name; feeds it has no input for are left out. Raises RunError."""
-    return Session(model, folder).outputs_of(feeds)
+    return Session(model, folder, optimised=optimised).outputs_of(feeds)
 
 
 def run_on_random_input(
@@ -74,16 +76,20 @@ def one_line(error: Exception) -> str:
 
 
 class Session:
-    """A model in ONNX Runtime, on the CPU, with no optimisation and no copy of its weights. Raises RunError."""
+    """A model in ONNX Runtime, on the CPU. Raises RunError.
 
-    def __init__(self, model: onnx.ModelProto, folder: Path | None = None) -> None:
+    It is run with no optimisation and no copy of its weights, or `optimised` as the runtime does by default.
+    """
+
+    def __init__(self, model: onnx.ModelProto, folder: Path | None = None, *, optimised: bool = False) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.disable_prepacking", "1")
         if folder is not None:
             options.add_session_config_entry(ORT_WEIGHTS_FOLDER, str(folder.absolute()))
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not optimised:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4  # what it reports, it also raises
         content = model.SerializeToString()
         try:

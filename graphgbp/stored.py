@@ -91,6 +91,9 @@ def _kinds(tensors: Iterable[gs.Tensor], formals: Any) -> Iterator[tuple[gs.Tens
 
 
 def _is_integer(x: gs.Tensor) -> bool:
-    if x.is_empty() or x.dtype is None or isinstance(x.dtype, int):
-        return False
-    return np.dtype(x.dtype).kind in "iu" or np.dtype(x.dtype).name in ("int4", "uint4", "int2", "uint2")
+    return not (x.is_empty() or x.dtype is None or isinstance(x.dtype, int)) and is_quantised(np.dtype(x.dtype))
+
+
+def is_quantised(kind: np.dtype[Any]) -> bool:
+    """Whether a stored type is one of quantised numbers, not of half precision."""
+    return kind.kind in "iu" or kind.name in ("int4", "uint4", "int2", "uint2")

@@ -24,7 +24,7 @@ from graphgbp.errors import GraphgbpError
 from graphgbp.smooth import Activation
 from graphgbp.source import ModelLike
 from graphgbp.verification.cams import check_cams, check_input_x_gradient
-from graphgbp.verification.forward import check_forward, check_score
+from graphgbp.verification.forward import check_forward, check_plain_nodes, check_score
 from graphgbp.verification.gradient import check_gradients, check_masked_gradient
 from graphgbp.verification.integrity import check_appended, check_fingerprint, check_guard, check_manifest, check_names
 from graphgbp.verification.masks import DECONVNET, GUIDED, check_masks
@@ -58,6 +58,7 @@ def _checks(subject: Subject) -> Iterator[Check]:
     yield check_appended(subject)
     yield check_names(subject)
     yield check_forward(subject)
+    yield from (check for check in (check_plain_nodes(subject),) if check)
     if subject.manifest.score:
         yield from (check for check in (check_score(subject), check_guard(subject)) if check)
     yield from check_gradients(subject)

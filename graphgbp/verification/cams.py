@@ -17,14 +17,16 @@ from graphgbp.contract import role_of
 from graphgbp.equivalence import RunError
 from graphgbp.verification.double import DoubleModel
 from graphgbp.verification.masks import GUIDED, masked_maps
+from graphgbp.verification.parts import part_for
 from graphgbp.verification.report import Check, failed, passed, unchecked
-from graphgbp.verification.subject import Subject, part_for
+from graphgbp.verification.subject import Subject
 
 _TOLERANCE = 1e-4  # of the largest value
 _MODES = {
     "bilinear": {"mode": "linear", "coordinate_transformation_mode": "half_pixel"},
     "nearest": {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
 }
+_HALF = 2.0**-10  # where the tensor is rounded and what reads it is not
 _STABLE = 1e-7  # pytorch-grad-cam's
 _SLACK = 30  # times as far as rounding moves a map
 
@@ -55,10 +57,11 @@ def check_cams(subject: Subject) -> Check | None:
         return unchecked(name, "the file does not give out the layer's features and gradients (methods: gradcam)")
     maps = masked_maps(subject, GUIDED) if contract.GUIDED_GRADCAM in methods else {}
     try:
-        wanted = [*manifest.names.values(), *maps.values()]
-        values = subject.run(part_for(subject.file, _outputs_among(subject, wanted)), _feeds(subject))
         layers = [entry["tensor"] for entry in manifest.target_layers]
-        primal = subject.run(part_for(subject.graph, layers), subject.point)
+        wanted = [*manifest.names.values(), *maps.values(), *layers]
+        values = subject.run(part_for(subject.file, _outputs_among(subject, wanted)), _feeds(subject))
+        # of half precision the rounding depends on what else is read
+        primal = values if subject.halves else subject.run(part_for(subject.graph, layers), subject.point)
         return _compared(name, list(_pairs(subject, values, primal, maps)))
     except RunError as error:
         return failed(name, f"ONNX Runtime does not run the file: {error}")
@@ -117,7 +120,7 @@ def _pairs(subject: Subject, values: dict[str, Any], primal: dict[str, Any], map
     for layer in manifest.target_layers:
         key: tuple[str, ...] = (layer["name"],) if several else ()
         features, gradients = (names[role_of(method, *key)] for method in contract.LAYER_OUTPUTS)
-        yield _Pair(features, values[features], primal[layer["tensor"]])
+        yield _Pair(features, values[features], primal[layer["tensor"]], _HALF if subject.halves else _TOLERANCE)
         layers[key] = _on_positions(layer, *(values[name].astype(np.float64) for name in (features, gradients)))
     groups = {(): [*layers.values()]} if manifest.options["aggregate"] else {key: [x] for key, x in layers.items()}
     images = {entry["name"]: entry for entry in manifest.inputs}

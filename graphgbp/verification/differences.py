@@ -1,13 +1,13 @@
 """Central differences of a score along directions, and how far each can be trusted."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from graphgbp.equivalence import Feeds
-from graphgbp.verification.subject import norm
+from graphgbp.verification.parts import norm
 
 RANDOM_DIRECTIONS = 3
 
@@ -32,6 +32,7 @@ class Precision:
 
 
 DOUBLE = Precision("in double precision", (1e-7, 1e-8, 1e-9), 1e-4, large=False)
+STRAIGHT_THROUGH = replace(DOUBLE, words=f"{DOUBLE.words}, straight through what is rounded")
 FLOAT32 = Precision("in float32", (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4), 5e-2, large=True)
 
 
@@ -75,6 +76,16 @@ def differences(score: Score, point: Feeds, gradient: Feeds, precision: Precisio
             measured = _measure(score, here, point, gradient, f"{name}, zeros held", held, precision)
         found.append(measured)
     return found
+
+
+def moves(score: Score, point: Feeds, precision: Precision) -> bool:
+    """Whether the score changes along a random direction by more than rounding does."""
+    here, step = score(point), precision.steps[0]
+    rng = np.random.default_rng(2)
+    direction = {key: rng.standard_normal(x.shape) for key, x in point.items()}
+    stretch = (norm(point) or 1.0) / norm(direction)
+    ahead = score({key: x + step * stretch * direction[key] for key, x in point.items()})
+    return abs(ahead - here) > 1e-3 * step * abs(here)
 
 
 def _measure(

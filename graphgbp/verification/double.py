@@ -4,6 +4,7 @@ Central differences need it: in float32 a step small enough to cross no kink of 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,20 +29,23 @@ class DoubleError(Exception):
 
 
 class DoubleModel:
-    """A model whose float tensors are double. Raises DoubleError where it cannot be evaluated."""
+    """A model whose float tensors are double. Raises DoubleError where it cannot be evaluated.
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    `operators` are further ones in place of the reference evaluator's.
+    """
+
+    def __init__(self, model: onnx.ModelProto, operators: Sequence[Any] = ()) -> None:
         if external_tensors(model):
             raise DoubleError("the weights are too large to be read in")
         try:
-            self._evaluator = ReferenceEvaluator(in_double(model), new_ops=OPERATORS)
+            self._evaluator = ReferenceEvaluator(in_double(model), new_ops=list[Any]([*OPERATORS, *operators]))
         except Exception as error:  # it raises whatever its operators raise
             raise DoubleError(one_line(error)[:300]) from None
 
     def run(self, names: Sequence[str], feeds: Feeds) -> list[np.ndarray]:
         """The named tensors. Float feeds count as double; those the model has no input for are left out."""
         taken = {name: feeds[name] for name in self._evaluator.input_names if name in feeds}
-        wide = {name: x.astype(np.float64) if x.dtype.kind == "f" else x for name, x in taken.items()}
+        wide = {name: x.astype(np.float64) if x.dtype.kind in "fV" else x for name, x in taken.items()}
         try:
             with np.errstate(all="ignore"):
                 return [np.asarray(value) for value in self._evaluator.run(list(names), wide)]

@@ -1,16 +1,24 @@
 """Do the outputs hold? Those of the original model, and the score, run by ONNX Runtime."""
 
+from typing import Any
+
 import numpy as np
 
 from graphgbp import contract
 from graphgbp.equivalence import Feeds, RunError, difference
+from graphgbp.errors import GraphgbpError
+from graphgbp.verification.double import DoubleError
+from graphgbp.verification.parts import part_for
 from graphgbp.verification.report import Check, failed, passed, unchecked
-from graphgbp.verification.subject import Subject, part_for
+from graphgbp.verification.subject import Subject
 from graphgbp.verification.targets import score_per_image, weights
 
 FORWARD_TOLERANCE = 1e-6  # of the largest value
 RAISED_TOLERANCE = 1e-5  # the same, where ONNX's converter has written the forward graph anew
 SCORE_TOLERANCE = 1e-5
+HALF_STEP = 2.0**-10  # where a half-precision score is rounded and what reads it is not
+HALF_TOLERANCE = 0.05  # of the largest score: what reading half-precision tensors may move it by
+_SAME = 1e-4  # of the largest value: functions may be computed in another order
 
 
 def check_forward(subject: Subject) -> Check:
@@ -21,10 +29,11 @@ def check_forward(subject: Subject) -> Check:
     if subject.obstacle:
         return unchecked(name, subject.obstacle)
     feeds = subject.point
-    tolerance = RAISED_TOLERANCE if subject.manifest.opset else FORWARD_TOLERANCE
     try:
-        before = subject.run_original(feeds)
-        after = subject.run(subject.whole, {**feeds, **subject.targets})
+        tolerance = 0.0 if subject.quantised else RAISED_TOLERANCE if subject.manifest.opset else FORWARD_TOLERANCE
+        before, after = subject.run_both(feeds)
+    except GraphgbpError as error:
+        return unchecked(name, f"the forward graph cannot be read: {error}")
     except RunError as error:
         return failed(name, f"ONNX Runtime does not run source and file on the same input: {error}")
     equal = True
@@ -37,7 +46,41 @@ def check_forward(subject: Subject) -> Check:
         equal = equal and difference(expected, after[output], 0) is None
     how = "bit for bit" if equal else f"within {tolerance:g} of the largest value"
     shapes = {name: list(x.shape) for name, x in feeds.items()}
-    return passed(name, f"{len(before)} outputs equal {how} on random input {shapes}", bit_equal=equal)
+    default = ", as ONNX Runtime optimises it by default" if subject.quantised else ""
+    return passed(name, f"{len(before)} outputs equal {how} on random input {shapes}{default}", bit_equal=equal)
+
+
+def check_plain_nodes(subject: Subject) -> Check | None:
+    """What is seen through computes what it stands for; None where there is nothing to see through."""
+    name = "plain nodes"
+    if subject.obstacle:
+        return unchecked(name, subject.obstacle)
+    try:
+        if subject.expanded is None and not subject.pins:
+            return None
+        if subject.pins:
+            return _check_pinned(name, subject)
+        found = subject.run(subject.graph, subject.point)
+    except (RunError, DoubleError) as error:
+        return unchecked(name, f"the plain nodes cannot be evaluated: {error}")
+    for output, expected in zip(found, subject.run_of_forward[1] or [], strict=True):
+        if what := difference(expected, found[output], _SAME):
+            return failed(name, f"functions or fused nodes are read wrongly: output '{output}' {what}")
+    return passed(
+        name, f"functions and fused nodes as plain ones give the outputs within {_SAME:g} of the largest value"
+    )
+
+
+def _check_pinned(name: str, subject: Subject) -> Check:
+    pins = subject.pins
+    if pins.fault:
+        return failed(name, f"fused or quantised nodes are read wrongly: {pins.fault}")
+    figures: dict[str, Any] = {"tensors": len(pins.exact)}
+    detail = f"{len(pins.exact)} tensors of few bits are what the plain nodes make of those before them, within a step"
+    if subject.quantised:
+        figures["equal_share"] = pins.equal_share
+        detail += f"; {pins.equal_share:.3%} of the quantised values are equal"
+    return passed(name, detail, **figures)
 
 
 def check_score(subject: Subject) -> Check | None:
@@ -52,15 +95,20 @@ def check_score(subject: Subject) -> Check | None:
     if target is not None:
         requests.append({**subject.targets, target: np.asarray([subject.classes - 1])})
     roles = (contract.TARGET_SCORE, contract.TARGET_CLASS)
-    part = part_for(subject.whole, [public for role in roles if (public := subject.public(role))])
+    wanted = [public for role in roles if (public := subject.public(role))]
+    tensor = subject.manifest.score["tensor"]
+    part = part_for(subject.whole, [*wanted, tensor] if subject.halves and subject.expanded is None else wanted)
     worst = 0.0
     for targets in requests:
-        z, w = subject.z, weights(subject, subject.z, targets)
-        expected = score_per_image(subject, z, w)
         try:
             found = subject.run(part, {**subject.point, **targets})
         except RunError as error:
             return failed(name, f"ONNX Runtime does not run the file: {error}")
+        z = found.get(tensor, subject.z)  # of half precision its rounding depends on what else is read
+        if not _distance(subject.z, z) <= HALF_TOLERANCE:
+            return failed(name, f"'{tensor}' is not that of the original model")
+        w = weights(subject, z, targets)
+        expected = score_per_image(subject, z, w)
         scores = found[subject.manifest.names[contract.TARGET_SCORE]]
         if scores.shape != expected.shape:
             return failed(name, f"target_score has shape {list(scores.shape)}, expected {list(expected.shape)}")
@@ -69,9 +117,14 @@ def check_score(subject: Subject) -> Check | None:
         said = subject.public(contract.TARGET_CLASS)
         if said and not _is_class(subject, found[said], z, targets):
             return failed(name, f"target_class is {found[said].tolist()} where the scores say otherwise")
-    if not worst <= SCORE_TOLERANCE:
+    if not worst <= (HALF_STEP if subject.halves else SCORE_TOLERANCE):
         return failed(name, f"target_score is off by {worst:.1e} of the scores that make it", error=worst)
     return passed(name, f"target_score is that of '{subject.manifest.score['tensor']}' within {worst:.1e}", error=worst)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    wide = a.astype(np.float64)
+    return float(np.abs(wide - b.astype(np.float64)).max(initial=0) / (np.abs(wide).max(initial=0) or 1.0))
 
 
 def _is_class(subject: Subject, found: np.ndarray, z: np.ndarray, targets: Feeds) -> bool:

@@ -18,11 +18,22 @@ from graphgbp.equivalence import Feeds, RunError, Session, outputs_of
 from graphgbp.errors import GraphgbpError
 from graphgbp.jacobian import append_vjp
 from graphgbp.model_file import read_manifest
-from graphgbp.verification.differences import DOUBLE, FLOAT32, Difference, Precision, differences
+from graphgbp.verification.differences import (
+    DOUBLE,
+    FLOAT32,
+    STRAIGHT_THROUGH,
+    Difference,
+    Precision,
+    Score,
+    differences,
+    moves,
+)
 from graphgbp.verification.double import DoubleError, DoubleModel
 from graphgbp.verification.masks import Mask, masked_maps
+from graphgbp.verification.parts import norm, part_for
+from graphgbp.verification.pins import REAL, Pins
 from graphgbp.verification.report import PASS, Check, failed, passed, unchecked
-from graphgbp.verification.subject import Subject, norm, part_for
+from graphgbp.verification.subject import Subject
 
 FLOAT32_DISTANCE = 0.1  # relative L2: ReLUs near zero switch in float32, a few per cent in deep random networks
 _AGREEMENT = 1e-3  # of the largest value: the reference evaluator computes what ONNX Runtime computes
@@ -85,15 +96,19 @@ def held(subject: Subject, name: str, make: Callable[[Subject], Claim]) -> Check
     if subject.obstacle:
         return unchecked(name, subject.obstacle)
     try:
+        pins = subject.pins
         claim = make(subject)
-    except (GraphgbpError, RunError) as error:
+    except (GraphgbpError, RunError, DoubleError) as error:
         return unchecked(name, f"no gradient could be made to check: {error}")
+    double = partial(DoubleModel, operators=REAL) if pins else DoubleModel
     try:
-        return _held(name, claim, subject.point, DOUBLE, DoubleModel)
+        return _held(name, claim, subject.point, pins, STRAIGHT_THROUGH if pins else DOUBLE, double)
     except DoubleError as error:
         reason = str(error)
+    if pins:
+        return unchecked(name, f"no difference of float32 goes straight through rounding, and {reason}")
     try:
-        found = _held(name, claim, subject.point, FLOAT32, partial(_Runtime, folder=subject.weights_folder))
+        found = _held(name, claim, subject.point, pins, FLOAT32, partial(_Runtime, folder=subject.weights_folder))
     except RunError as error:
         return failed(name, f"ONNX Runtime does not run the file: {error}")
     return Check(name, found.status, f"{found.detail} (no double precision: {reason})", found.figures)
@@ -148,36 +163,52 @@ def _held(
     name: str,
     claim: Claim,
     inputs: Feeds,
+    pins: Pins,
     precision: Precision,
     evaluator: Callable[[onnx.ModelProto], Evaluator],
 ) -> Check:
     carried = [weight for _, weight in claim.scored if isinstance(weight, str)]
     wanted = list(dict.fromkeys([*claim.moved.values(), *carried]))
-    file = part_for(claim.file, wanted)
-    values = dict(zip(wanted, evaluator(file).run(wanted, claim.feeds), strict=True))
+    file = part_for(claim.file, wanted, pins.types(pins.displaced))
+    values = dict(zip(wanted, evaluator(file).run(wanted, claim.feeds | pins.displaced), strict=True))
     gradient = {tensor: values[name].astype(np.float64) for tensor, name in claim.moved.items()}
     terms = [(x, values[weight] if isinstance(weight, str) else weight) for x, weight in claim.scored]
-    inside = [tensor for tensor in claim.moved if tensor not in inputs]
+    point = _point(claim, inputs, pins, evaluator)
     scored = list(dict.fromkeys(tensor for tensor, _ in terms))
-    original = evaluator(part_for(claim.graph, scored, inside))
-    point = {tensor: inputs[tensor].astype(np.float64) for tensor in claim.moved if tensor in inputs}
-    if inside:
-        found = evaluator(part_for(claim.graph, inside)).run(inside, inputs)
-        point |= {tensor: x.astype(np.float64) for tensor, x in zip(inside, found, strict=True)}
-    if not precision.large:
+    inside = [tensor for tensor in claim.moved if tensor not in inputs]
+    original = evaluator(part_for(pins.straight_through if pins else claim.graph, scored, inside))
+    if not precision.large and not pins:
         _require_agreement(claim, inputs, scored, original.run(scored, {**inputs, **point}))
+    fixed = inputs | (pins.constants if pins else {})
     fault = _shape_fault(point, gradient)
     if fault:
         return failed(name, fault)
-    if not norm(gradient):
-        return unchecked(name, f"{claim.words}: it is zero on random input, so its size cannot be checked")
 
     def score(x: Feeds) -> float:
-        z = dict(zip(scored, original.run(scored, {**inputs, **x}), strict=True))
+        z = dict(zip(scored, original.run(scored, {**fixed, **x}), strict=True))
         return sum(float(np.sum(weight * z[tensor])) for tensor, weight in terms)
 
+    if not norm(gradient):
+        return _judge_zero(name, claim.words, score, point, precision)
     check = _judge(name, claim.words, differences(score, point, gradient, precision), precision)
-    return check if precision.large else _with_float32(check, file, claim, gradient)
+    if precision.large:
+        return check
+    if pins:
+        file = part_for(claim.file, list(claim.moved.values()), pins.types(pins.names))
+        found = evaluator(file).run(list(claim.moved.values()), claim.feeds | pins.exact)
+        gradient = dict(zip(claim.moved, found, strict=True))
+    return _with_float32(check, file, claim, gradient, pins)
+
+
+def _point(claim: Claim, inputs: Feeds, pins: Pins, evaluator: Callable[[onnx.ModelProto], Evaluator]) -> Feeds:
+    """What is moved, where differences are taken."""
+    known = inputs | pins.displaced
+    point = {tensor: known[tensor].astype(np.float64) for tensor in claim.moved if tensor in known}
+    inside = [tensor for tensor in claim.moved if tensor not in known]
+    if not inside:
+        return point
+    found = evaluator(part_for(claim.graph, inside, pins.displaced.keys())).run(inside, known)
+    return point | {tensor: x.astype(np.float64) for tensor, x in zip(inside, found, strict=True)}
 
 
 def _require_agreement(claim: Claim, inputs: Feeds, names: Sequence[str], values: Sequence[np.ndarray]) -> None:
@@ -224,10 +255,17 @@ def _judge(name: str, words: str, found: Sequence[Difference], precision: Precis
     )
 
 
-def _with_float32(check: Check, file: onnx.ModelProto, claim: Claim, gradient: Feeds) -> Check:
+def _judge_zero(name: str, words: str, score: Score, point: Feeds, precision: Precision) -> Check:
+    """A gradient that is zero is wrong where the score moves, and not told from a missing one where it does not."""
+    if precision.large or not moves(score, point, precision):
+        return unchecked(name, f"{words}: it is zero on random input, so its size cannot be checked")
+    return failed(name, f"{words} is zero, and central differences {precision.words} are not")
+
+
+def _with_float32(check: Check, file: onnx.ModelProto, claim: Claim, gradient: Feeds, pins: Pins) -> Check:
     """The check, and how far ONNX Runtime's float32 gradient lies from the one in double."""
     try:
-        found = _Runtime(file).run(list(claim.moved.values()), claim.feeds)
+        found = _Runtime(file).run(list(claim.moved.values()), claim.feeds | pins.exact)
     except RunError as error:
         return failed(check.name, f"ONNX Runtime does not run the file: {error}")
     off = {tensor: x - gradient[tensor] for tensor, x in zip(claim.moved, found, strict=True)}

@@ -8,11 +8,13 @@ import numpy as np
 import onnx
 
 from graphgbp import contract, model_file
+from graphgbp.analysis import surrogates_among
 from graphgbp.equivalence import Feeds, RunError
 from graphgbp.image import find_images
 from graphgbp.rectifiers import Activations
+from graphgbp.verification.parts import part_for
 from graphgbp.verification.report import Check, failed, passed, unchecked
-from graphgbp.verification.subject import Subject, is_appended, part_for
+from graphgbp.verification.subject import Subject, is_appended
 
 _NO_SOURCE = "the source was not given, does not lie beside the file, and cannot be recovered from it"
 
@@ -149,7 +151,7 @@ def check_manifest(subject: Subject, activations: Activations) -> Check:
         "methods": [method for method in contract.METHODS if method in held],
         "inputs": [image.describe() for image in find_images(subject.view, [x["name"] for x in manifest.inputs])],
         "passed_through": [] if everything else [found.describe() for found in activations.smooth],
-        "surrogates": [],
+        "surrogates": surrogates_among(subject.view, subject.active),
     }
     wrong = [key for key, value in wanted.items() if _plain(getattr(manifest, key)) != _plain(value)]
     if wrong:

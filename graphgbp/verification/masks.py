@@ -4,7 +4,7 @@ The guided rule lets relu(dy) through where x > 0, the deconvnet lets relu(dy) t
 graph is searched for the tensors in which that happens; then their values are compared.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,8 +14,9 @@ from graphgbp import contract
 from graphgbp.equivalence import RunError
 from graphgbp.nodes import label
 from graphgbp.smooth import Activation
+from graphgbp.verification.parts import part_for
 from graphgbp.verification.report import Check, failed, passed, unchecked
-from graphgbp.verification.subject import Subject, part_for
+from graphgbp.verification.subject import Subject
 
 _GATES = {
     "HardSigmoid", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not", "Cast",
@@ -37,7 +38,7 @@ class Mask:
 
 def find_masks(subject: Subject, rectifiers: Sequence[Activation], policy: str) -> dict[str, list[Mask]]:
     """The masks of each rectifier, by its output: none where the graph has none, several where it has several gates."""
-    flow = _Flow(subject.appended, policy)
+    flow = _Flow(subject.appended, policy, subject.view.twins)
     find = _guided if policy == GUIDED else _deconvnet
     found = {rectifier.node.outputs[0].name: list(find(flow, rectifier)) for rectifier in rectifiers}
     if policy == DECONVNET:
@@ -88,7 +89,8 @@ def _is_copy(node: onnx.NodeProto) -> bool:
 class _Flow:
     """The appended nodes of a backward pass, by what they make and by what they read."""
 
-    def __init__(self, nodes: Sequence[onnx.NodeProto], policy: str) -> None:
+    def __init__(self, nodes: Sequence[onnx.NodeProto], policy: str, twins: Mapping[str, str]) -> None:
+        self._twins = twins
         self.scopes = tuple(f"{contract.SCOPE}/{name}/" for name in dict.fromkeys((policy, GUIDED)))
         self._maker = {output: node for node in nodes for output in node.output if output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
@@ -97,8 +99,9 @@ class _Flow:
                 self._readers.setdefault(tensor, []).append(node)
 
     def gated(self, *tensors: str) -> Iterator[onnx.NodeProto]:
-        """The products and choices that read a gate made of the tensors."""
-        seen, waiting = set(tensors), list(tensors)
+        """The products and choices that read a gate made of the tensors, or of those that are read instead of them."""
+        waiting = [*tensors, *(self._twins[tensor] for tensor in tensors if tensor in self._twins)]
+        seen = set(waiting)
         while waiting:
             tensor = waiting.pop()
             for node in self._readers.get(tensor, []):
@@ -176,4 +179,5 @@ def _is_right(mask: Mask, values: dict[str, np.ndarray], smooth: bool) -> bool:
     if smooth:
         return not passed_on[(x <= 0) | (rectified <= 0)].any()
     expected = np.where((x > 0) & (y == x), rectified, 0)
-    return bool(np.abs(passed_on - expected).max(initial=0) <= _TOLERANCE * np.abs(rectified).max(initial=0))
+    at_bound = (y == x) & (y == y.max(initial=0)) & (passed_on == 0)  # where a Clip's derivative is 0
+    return bool(np.abs(passed_on - expected)[~at_bound].max(initial=0) <= _TOLERANCE * np.abs(rectified).max(initial=0))

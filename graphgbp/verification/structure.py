@@ -5,11 +5,11 @@ from collections.abc import Iterable
 import onnx_graphsurgeon as gs
 from onnx.shape_inference import InferenceError
 
-from graphgbp.analysis import table_of
-from graphgbp.backward import active_nodes, is_float
+from graphgbp.analysis import activations_among
+from graphgbp.backward import is_float
 from graphgbp.inference import skeleton
 from graphgbp.kernels import PROVIDERS, has_kernel, tensor_types
-from graphgbp.rectifiers import Activations, find_activations
+from graphgbp.rectifiers import Activations
 from graphgbp.smooth import Activation
 from graphgbp.verification.report import Check, failed, passed, unchecked
 from graphgbp.verification.subject import Subject
@@ -17,10 +17,7 @@ from graphgbp.verification.subject import Subject
 
 def find_activations_of(subject: Subject) -> Activations:
     """The rectifiers and smooth activations between input and score, found again in the forward graph."""
-    manifest = subject.manifest
-    view = subject.view
-    inputs, score = [entry["name"] for entry in manifest.inputs], [manifest.score["tensor"]]
-    return find_activations(active_nodes(view, inputs, score, table_of(view)))
+    return activations_among(subject.view, subject.active)
 
 
 def check_rectifiers(subject: Subject, activations: Activations) -> Check:

@@ -12,20 +12,22 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 
 from graphgbp import contract, model_file
+from graphgbp.analysis import table_of
+from graphgbp.backward import active_nodes
 from graphgbp.contract import Manifest
-from graphgbp.equivalence import Feeds, RunError, difference, outputs_of, run_on_random_input
+from graphgbp.equivalence import Feeds, RunError, outputs_of, run_on_random_input
 from graphgbp.errors import GraphgbpError, ModelFileError
-from graphgbp.nodes import node_proto
-from graphgbp.prepare import prepare
+from graphgbp.prepare import flatten, prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
+from graphgbp.stored import is_quantised
+from graphgbp.verification.parts import expanded, part_for
+from graphgbp.verification.pins import Pins, evaluated
 from graphgbp.verification.targets import default_targets, weights
 from graphgbp.view import View
 from graphgbp.weights import external_locations, external_tensors, locate, size, with_small_weights
 
 _EVERYTHING = 2**62
-_REPLACEABLE = 4  # the IR version from which an initializer need not be an input, and one that is can be replaced
 _LIMIT = 2**31  # of what protobuf can carry: larger weights stay where they are
-_SAME = 1e-4  # of the largest value: functions may be computed in another order
 _RAISED = f"{contract.SCOPE}/raised/"  # mended nodes of a raised source: part of the forward graph
 
 
@@ -127,10 +129,15 @@ class Subject:
         """The outputs of a part of the file or of its forward graph, by ONNX Runtime; raises RunError."""
         return outputs_of(model, feeds, self.weights_folder)
 
-    def run_original(self, feeds: Feeds) -> dict[str, Any]:
-        """The outputs of the original model, its weights where it has them; raises RunError."""
+    def run_both(self, feeds: Feeds) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The outputs of the original model, its weights where it has them, and of the file; raises RunError.
+
+        A quantised model runs as ONNX Runtime optimises it by default: that makes it one in integers.
+        """
         assert self.original is not None
-        return outputs_of(self.original.model, feeds, self.original.folder)
+        how = {"optimised": self.quantised}
+        file = outputs_of(self.whole, feeds | self.targets, self.weights_folder, **how)
+        return outputs_of(self.original.model, feeds, self.original.folder, **how), file
 
     @cached_property
     def view(self) -> View:
@@ -138,32 +145,56 @@ class Subject:
         return prepare(self.whole_forward, self.weights_folder)
 
     @cached_property
-    def _expanded(self) -> onnx.ModelProto | None:
-        """The forward graph with its functions and known branches seen through; None where it has none."""
-        if not self.forward.functions and not self.view.recomputed:
+    def active(self) -> list[gs.Node]:
+        """The nodes of the view between the explained inputs and the score."""
+        inputs = [entry["name"] for entry in self.manifest.inputs]
+        return active_nodes(self.view, inputs, [self.manifest.score["tensor"]], table_of(self.view))
+
+    @cached_property
+    def expanded(self) -> onnx.ModelProto | None:
+        """The forward graph as plain nodes: functions, known branches, fused and quantised nodes are seen through.
+
+        None where it has none of them.
+        """
+        view = flatten(self.whole_forward, self.weights_folder)
+        if not self.forward.functions and not view.recomputed:
             return None
         if self.is_large:
-            raise RunError("functions and branches are seen through in models of up to 2 GB alone")
-        model = expanded(self.view, self.whole_forward)
-        names = [output.name for output in model.graph.output]
-        expected, found = self.run_of_forward[1] or [], self.run(model, self.point)
-        for name, value in zip(names, expected, strict=True):
-            if what := difference(value, found[name], _SAME):
-                raise RunError(f"its functions are read wrongly: output '{name}' {what}")
-        return model
+            raise RunError("functions, branches and fused nodes are seen through in models of up to 2 GB alone")
+        return expanded(view, self.whole_forward)
+
+    @cached_property
+    def halves(self) -> bool:
+        """Whether the forward graph makes tensors of half precision. Raises GraphgbpError where it cannot be read."""
+        return not all(map(is_quantised, self._few_bits))
+
+    @cached_property
+    def quantised(self) -> bool:
+        """Whether it makes quantised tensors. Raises GraphgbpError where it cannot be read."""
+        return any(map(is_quantised, self._few_bits))
+
+    @property
+    def _few_bits(self) -> list[np.dtype[Any]]:
+        stored = self.view.stored
+        return [stored[y.name] for node in self.view.graph.nodes for y in node.outputs if y.name in stored]
+
+    @cached_property
+    def pins(self) -> Pins:
+        """What the forward graph stores in few bits. Raises DoubleError or RunError where it cannot be evaluated."""
+        return Pins(self.graph, self.view.stored, self.whole_forward, self.point)
 
     @property
     def graph(self) -> onnx.ModelProto:
         """The forward graph, every tensor of it in the main graph under the name that the manifest uses."""
-        return self._expanded or self.whole_forward
+        return self.expanded or self.whole_forward
 
     @cached_property
     def file(self) -> onnx.ModelProto:
         """The file, its forward graph as in `graph`."""
-        if self._expanded is None:
+        if self.expanded is None:
             return self.whole
         file = onnx.ModelProto()
-        file.CopyFrom(self._expanded)
+        file.CopyFrom(self.expanded)
         made = {output for node in file.graph.node for output in node.output}
         file.graph.node.extend(node for node in self.appended if made.isdisjoint(node.output))
         there = {tensor.name for tensor in file.graph.initializer}
@@ -204,8 +235,14 @@ class Subject:
     @cached_property
     def z(self) -> np.ndarray:
         """The scores at that point, by the original model; raises RunError."""
-        tensor = self.manifest.score["tensor"]
-        return np.asarray(self.run(part_for(self.graph, [tensor]), self.point)[tensor])
+        return self.primal([self.manifest.score["tensor"]])[0]
+
+    def primal(self, tensors: Sequence[str]) -> list[np.ndarray]:
+        """Tensors of the forward graph at that point; raises RunError."""
+        made = {name for node in self.whole_forward.graph.node for name in node.output}
+        model = self.whole_forward if made.issuperset(tensors) else self.graph
+        found = self.run(part_for(model, tensors), self.point)
+        return [np.asarray(found[tensor]) for tensor in tensors]
 
     @cached_property
     def targets(self) -> Feeds:
@@ -227,8 +264,13 @@ class Subject:
 
     @cached_property
     def w(self) -> np.ndarray:
-        """dS/dz for these targets."""
-        return weights(self, self.z, self.targets)
+        """dS/dz for these targets, where differences are taken."""
+        return weights(self, self._displaced_z if self.pins else self.z, self.targets)
+
+    @property
+    def _displaced_z(self) -> np.ndarray:
+        tensor, values = self.manifest.score["tensor"], self.pins.displaced
+        return evaluated(part_for(self.graph, [tensor], values.keys()), [tensor], self.point | values)[0]
 
     @property
     def images(self) -> int:
@@ -288,69 +330,9 @@ def _size(model: onnx.ModelProto) -> int:
     return model.ByteSize() + sum(map(size, external_tensors(model)))
 
 
-def expanded(view: View, model: onnx.ModelProto) -> onnx.ModelProto:
-    """A model of the nodes of a reading view: no functions, no known branches."""
-    flat = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    nodes = [node for node in view.graph.nodes if any(isinstance(y, gs.Variable) for y in node.outputs)]
-    if any(isinstance(value, gs.Graph) for node in nodes for value in node.attrs.values()):
-        raise RunError("a branch or a loop that is chosen at run time stands beside functions")
-    constants = {x.name: x for node in nodes for x in node.inputs if isinstance(x, gs.Constant)}
-    flat.graph.name = model.graph.name or "graph"
-    flat.graph.node.extend(node_proto(node) for node in nodes)
-    flat.graph.initializer.extend(numpy_helper.from_array(x.values, name) for name, x in constants.items())
-    flat.graph.input.extend(value for value in model.graph.input if value.name not in constants)
-    flat.graph.output.extend(model.graph.output)
-    return flat
-
-
 def _beside(path: Path | None) -> list[Path]:
     """The other models in a file's folder."""
     return [] if path is None else [other for other in sorted(path.parent.glob("*.onnx")) if other.name != path.name]
-
-
-def part_for(model: onnx.ModelProto, names: Sequence[str], cut: Sequence[str] = ()) -> onnx.ModelProto:
-    """The part of a model that makes the named tensors, as its outputs, of its inputs and of the tensors in `cut`."""
-    graph = model.graph
-    needed, nodes = set(names) - set(cut), []
-    for node in reversed(graph.node):
-        if not needed.isdisjoint(node.output):
-            nodes.append(_without_outputs(node, cut))
-            needed.update(_read_by(node) - set(cut))
-    fixed = {tensor.name for tensor in graph.initializer} if model.ir_version < _REPLACEABLE else set()
-    part = onnx.ModelProto(functions=model.functions, opset_import=model.opset_import)
-    part.ir_version = max(model.ir_version, _REPLACEABLE)
-    part.graph.name = graph.name or "part"
-    part.graph.node.extend(reversed(nodes))
-    part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
-    part.graph.input.extend(value for value in graph.input if value.name in needed - fixed)
-    part.graph.input.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in cut)
-    known = {value.name: value for value in graph.output}
-    part.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in dict.fromkeys(names))
-    return part
-
-
-def _without_outputs(node: onnx.NodeProto, names: Sequence[str]) -> onnx.NodeProto:
-    if set(names).isdisjoint(node.output):
-        return node
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    copy.output[:] = ["" if name in names else name for name in node.output]
-    return copy
-
-
-def _read_by(node: onnx.NodeProto) -> set[str]:
-    """What a node reads, also from inside its subgraphs."""
-    names = set(node.input)
-    for attribute in node.attribute:
-        for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-            names.update(output.name for output in inner.output)
-            names.update(name for child in inner.node for name in _read_by(child))
-    return names - {""}
-
-
-def norm(arrays: Feeds) -> float:
-    """The Euclidean length of several arrays as one."""
-    return float(np.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in arrays.values())))
 
 
 def _without_appended(model: onnx.ModelProto) -> onnx.ModelProto:

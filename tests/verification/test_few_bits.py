@@ -1,0 +1,229 @@
+"""verify: files that are fused, of half precision or quantised; and each kind of damage that only they can have."""
+
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+import graphgbp
+from graphgbp import contract
+from tests.build import drawn, model
+from tests.verification.networks import ALL, behind, edit_manifest, network, node
+
+GRADIENT, GUIDED = f"{contract.SCOPE}/gradient/", f"{contract.SCOPE}/guided/"
+
+
+def _scales(name: str, step: float, zero: int) -> dict[str, np.ndarray]:
+    return {f"{name}_scale": np.float32(step), f"{name}_zero": np.uint8(zero)}
+
+
+def _quantised_weight(name: str, *shape: int, seed: int) -> dict[str, np.ndarray]:
+    q = np.random.default_rng(seed).integers(-100, 100, shape).astype(np.int8)
+    return {name: q, f"{name}_scale": np.float32(0.004), f"{name}_zero": np.int8(0)}
+
+
+WEIGHTS = {
+    **_scales("x", 0.02, 128),  # the input saturates beyond 2.54
+    **_scales("a", 0.01, 0),
+    **_scales("b", 0.01, 0),
+    **_scales("z", 0.02, 128),
+    **_quantised_weight("w1", 6, 3, 3, 3, seed=1),
+    **_quantised_weight("w2", 5, 6, 3, 3, seed=2),
+}
+
+
+def qdq() -> onnx.ModelProto:
+    """A swallowed ReLU, a max pooling among ties, a ReLU of its own, quantisers that saturate."""
+    nodes = [
+        "xq = QuantizeLinear(x, x_scale, x_zero)",
+        "xd = DequantizeLinear(xq, x_scale, x_zero)",
+        "w1d = DequantizeLinear(w1, w1_scale, w1_zero)",
+        "a = Conv<pads=[1,1,1,1]>(xd, w1d)",
+        "aq = QuantizeLinear(a, a_scale, a_zero)",
+        "ad = DequantizeLinear(aq, a_scale, a_zero)",
+        "m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(ad)",
+        "mq = QuantizeLinear(m, a_scale, a_zero)",
+        "md = DequantizeLinear(mq, a_scale, a_zero)",
+        "w2d = DequantizeLinear(w2, w2_scale, w2_zero)",
+        "b = Conv<pads=[1,1,1,1]>(md, w2d)",
+        "r = Relu(b)",
+        "rq = QuantizeLinear(r, b_scale, b_zero)",
+        "rd = DequantizeLinear(rq, b_scale, b_zero)",
+        "p = GlobalAveragePool(rd)",
+        "y = Flatten(p)",
+    ]
+    return model(nodes, {"x": ["N", 3, 12, 12]}, ["y"], WEIGHTS)
+
+
+def qoperator() -> onnx.ModelProto:
+    nodes = [
+        "xq = QuantizeLinear(x, x_scale, x_zero)",
+        "aq = QLinearConv<pads=[1,1,1,1]>(xq, x_scale, x_zero, w1, w1_scale, w1_zero, a_scale, a_zero)",
+        "mq = MaxPool<kernel_shape=[2,2], strides=[2,2]>(aq)",
+        "bq = QLinearConv<pads=[1,1,1,1]>(mq, a_scale, a_zero, w2, w2_scale, w2_zero, b_scale, b_zero)",
+        "bd = DequantizeLinear(bq, b_scale, b_zero)",
+        "p = GlobalAveragePool(bd)",
+        "y = Flatten(p)",
+    ]
+    return model(nodes, {"x": ["N", 3, 12, 12]}, ["y"], WEIGHTS)
+
+
+def dynamic() -> onnx.ModelProto:
+    nodes = [
+        "xq, s, zero = DynamicQuantizeLinear(x)",
+        "i = ConvInteger<pads=[1,1,1,1]>(xq, w1, zero, w1_zero)",
+        "f = Cast<to=1>(i)",
+        "unit = Mul(s, w1_scale)",
+        "a = Mul(f, unit)",
+        "r = Relu(a)",
+        "p = GlobalAveragePool(r)",
+        "y = Flatten(p)",
+    ]
+    return model(nodes, {"x": ["N", 3, 12, 12]}, ["y"], WEIGHTS)
+
+
+def half() -> onnx.ModelProto:
+    """The network in half precision, its input as well; random input of it is exact in both."""
+    made = network()
+    del made.graph.value_info[:]
+    for value in [*made.graph.input, *made.graph.output]:
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for tensor in made.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    return made
+
+
+def fused() -> onnx.ModelProto:
+    """Convolutions with their ReLU, as ONNX Runtime fuses them."""
+    made = model(
+        ["a = Conv(x, w1)", "b = Conv(a, w2)", "p = GlobalAveragePool(b)", "y = Flatten(p)"],
+        {"x": ["N", 3, 12, 12]},
+        ["y"],
+        {"w1": drawn(6, 3, 3, 3, seed=1), "w2": drawn(5, 6, 3, 3, seed=2)},
+    )
+    for conv in made.graph.node[:2]:
+        conv.op_type, conv.domain = "FusedConv", "com.microsoft"
+        conv.attribute.append(helper.make_attribute("activation", "Relu"))
+    made.opset_import.add(domain="com.microsoft", version=1)
+    return made
+
+
+GOOD = {"qdq": qdq, "qoperator": qoperator, "dynamic": dynamic, "half": half, "fused": fused}
+
+
+@cache
+def _converted(name: str) -> bytes:
+    return graphgbp.convert(GOOD[name](), ALL).SerializeToString()
+
+
+def converted(name: str) -> onnx.ModelProto:
+    return onnx.ModelProto.FromString(_converted(name))
+
+
+def failures(made: onnx.ModelProto, name: str) -> set[str]:
+    return {check.name for check in graphgbp.verify(made, GOOD[name]()).failures}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_file_passes(name):
+    found = graphgbp.verify(converted(name), GOOD[name]())
+    assert found.passed, [check for check in found.checks if check.status != "pass"]
+    assert "plain nodes" in {check.name for check in found.checks}
+    assert found["gradient"].figures["error"] < 1e-4 and found["guided gradient"].figures["error"] < 1e-4
+    assert found["gradient"].figures["float32_distance"] < 1e-2
+
+
+@pytest.mark.parametrize("name", ["qdq", "qoperator", "dynamic", "half", "fused"])
+def test_a_vjp_file_passes(name):
+    found = graphgbp.verify(graphgbp.vjp(GOOD[name]()), GOOD[name]())
+    assert found.passed, [check for check in found.checks if check.status != "pass"]
+
+
+def test_quantised_values_saturate_and_tie():
+    """What the tests above are about happens on their input."""
+    from graphgbp.verification.subject import Subject
+
+    held = Subject(converted("qdq"), qdq()).pins
+    assert {"xq", "aq", "mq", "rq"} <= set(held.exact)
+    assert all((held.constants[f"{contract.SCOPE}/moves/{name}"] == 0).any() for name in ("xq", "rq"))
+    windows = held.exact["aq"].reshape(2, 6, 6, 2, 6, 2).swapaxes(3, 4).reshape(-1, 4)
+    best = windows.max(1, keepdims=True)
+    assert ((windows == best).sum(1) > 1).any()
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def _larger(begins, op):
+    return lambda made: behind(made, node(made, begins, op=op).output[0], "Mul", 1.05)
+
+
+def _without_saturation(made):
+    """A quantiser's gradient passes where it saturates as well."""
+    choice = node(made, f"{GRADIENT}xq", op="Where")
+    choice.op_type = "Identity"
+    choice.input[:] = [choice.input[1]]
+
+
+def _no_surrogate(made):
+    """A quantiser's gradient is zero, as the derivative of rounding is."""
+    behind(made, node(made, f"{GRADIENT}aq/", op="Where").output[0], "Mul", 0.0)
+
+
+def _passes_everything(scope):
+    def damage(made):
+        mask = next(n for n in made.graph.node if n.name.startswith(scope) and n.op_type == "HardSigmoid")
+        del mask.attribute[:]
+        mask.attribute.extend(helper.make_attribute(k, v) for k, v in (("alpha", 0.0), ("beta", 1.0)))
+
+    return damage
+
+
+def _unrectified(made):
+    """The cotangent of a swallowed ReLU passes where it is negative as well."""
+    node(made, f"{GUIDED}aq/", op="Relu").op_type = "Identity"
+
+
+def _no_surrogates_told(made):
+    edit_manifest(made, lambda manifest: manifest.update(surrogates=[]))
+
+
+def _clothing_untold(made):
+    edit_manifest(made, lambda manifest: manifest["rectifiers"][0].update(clothing="Relu"))
+
+
+DAMAGE = {
+    "a convolution times 1.05": ("qdq", _larger(GRADIENT, "Conv"), "gradient"),
+    "a guided convolution times 1.05": ("qdq", _larger(GUIDED, "Conv"), "guided gradient"),
+    "saturation ignored": ("qdq", _without_saturation, "gradient"),
+    "no surrogate": ("qdq", _no_surrogate, "gradient"),
+    "a swallowed ReLU unmasked": ("qdq", _passes_everything(f"{GRADIENT}aq"), "gradient"),
+    "a swallowed ReLU unmasked, guided": ("qdq", _unrectified, "guided masks"),
+    "a fused ReLU unmasked": ("fused", _passes_everything(GRADIENT), "gradient"),
+    "half: a convolution times 1.05": ("half", _larger(GRADIENT, "Conv"), "gradient"),
+    "half: a mask removed": ("half", _passes_everything(GRADIENT), "gradient"),
+    "QLinearConv times 1.05": ("qoperator", _larger(GRADIENT, "Conv"), "gradient"),
+    "ConvInteger times 1.05": ("dynamic", _larger(GRADIENT, "Conv"), "gradient"),
+    "surrogates that are not told": ("qdq", _no_surrogates_told, "manifest"),
+    "clothing that is not told": ("qoperator", _clothing_untold, "rectifiers"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_found(what):
+    name, damage, check = DAMAGE[what]
+    made = converted(name)
+    damage(made)
+    assert check in failures(made, name)
+
+
+def test_plain_nodes_that_compute_something_else_are_found(monkeypatch):
+    """A bias of two steps too much, in the nodes that a quantised convolution is seen as."""
+    from graphgbp.plain import quantised
+
+    right = quantised.convolution
+    monkeypatch.setattr(quantised, "convolution", lambda g, *args: g.add(right(g, *args), g.constant(np.float32(0.02))))
+    made = graphgbp.convert(qoperator(), "saliency")
+    assert "plain nodes" in failures(made, "qoperator")
