@@ -14,6 +14,7 @@ from graphgbp import model_file
 from graphgbp import target as targets
 from graphgbp.analysis import Analysis
 from graphgbp.contract import LAYER_METHODS, METHODS
+from graphgbp.deployment import deployed, origin
 from graphgbp.errors import GraphgbpError
 from graphgbp.nodes import label
 from graphgbp.options import Request, names
@@ -33,7 +34,14 @@ class Inspection:
     float input, an ambiguous score, no layer, ...); `gaps` lists the nodes on the path that have no derivative rule.
     `weights` says how many bytes of them are `inline`, in the file itself, and how many each `external` file has, by
     its location. `rectifiers` are masked by the guided rule, `passed_through` (smooth and leaky activations) only where
-    that is asked for, `not_rectifiers` never: they only look like it; each with its reason.
+    that is asked for, `not_rectifiers` never: they only look like it; each with its reason. `surrogates` are the
+    quantisers that the gradient goes straight through.
+
+    `producer` and `opsets` (by domain) are the file's. `precision` has a `type`, or "mixed", and how many `tensors` are
+    made in each; `quantisation` (None without) its `form` (QDQ, QOperator, dynamic, weights only), the types of its
+    `weights` and `activations`, and how many nodes of which `operators` do it. `fused` counts, by operator, the nodes
+    that are seen as plain ones, `recomputed` the nodes that a gradient which needs them computes again, by what they
+    belong to.
     """
 
     file: str | None
@@ -44,6 +52,12 @@ class Inspection:
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
     weights: dict[str, Any]
+    producer: dict[str, str]
+    opsets: dict[str, int]
+    precision: dict[str, Any]
+    quantisation: dict[str, Any] | None
+    fused: dict[str, int]
+    recomputed: dict[str, int]
     converted: dict[str, Any] | None
     explained: list[dict[str, Any]] = field(default_factory=list)
     score: dict[str, Any] | None = None
@@ -53,6 +67,7 @@ class Inspection:
     rectifiers: list[dict[str, str]] = field(default_factory=list)
     passed_through: list[dict[str, str]] = field(default_factory=list)
     not_rectifiers: list[dict[str, str]] = field(default_factory=list)
+    surrogates: list[str] = field(default_factory=list)
     gaps: list[dict[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -92,6 +107,7 @@ def inspect(
     findings = _findings(view, request) if manifest is None else {}
     return Inspection(
         **described,
+        **deployed(ours, view),
         opset_raised=record,
         inputs=[_describe(tensor, view.stored) for tensor in view.graph.inputs],
         outputs=[_describe(tensor, view.stored) for tensor in view.graph.outputs],
@@ -111,6 +127,7 @@ def _described(model: onnx.ModelProto, path: Path | None) -> dict[str, Any]:
         "ir_version": model.ir_version,
         "nodes": len(model.graph.node),
         "weights": {"inline": inline, "external": external},
+        **origin(model),
     }
 
 
@@ -131,6 +148,7 @@ def _findings(view: View, request: Request) -> dict[str, Any]:
         "rectifiers": [rectifier.describe() for rectifier in analysis.rectifiers],
         "passed_through": [activation.describe() for activation in analysis.smooth],
         "not_rectifiers": [found.describe() for found in analysis.activations.look_alikes],
+        "surrogates": analysis.surrogates,
         "gaps": [
             {
                 "node": label(gap.node),

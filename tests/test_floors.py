@@ -29,7 +29,7 @@ FLOORS = [
     ["options"],
     ["analysis"],
     ["maps"],
-    ["conversion", "jacobian"],
+    ["conversion", "jacobian", "deployment"],
     ["inspection"],
     ["runtime", "feeds", "photo", "panel"],
     ["recipe", "picture"],

@@ -8,6 +8,7 @@ from graphgbp.contract import METHODS
 from graphgbp.model_file import read_manifest
 from tests.build import drawn, model, small_cnn
 from tests.scores import per_pixel
+from tests.verification import test_few_bits as few_bits
 
 MLP = {"w": drawn(6, 5, seed=1), "v": drawn(5, 3, seed=2)}
 MLP_NODES = ["h = MatMul(x, w)", "r = Relu(h)", "y = MatMul(r, v)"]
@@ -23,6 +24,7 @@ MODELS = {
     "a gap": lambda: model(["y = Det(x)"], {"x": ("N", 4, 3, 3)}, ["y"]),
     "no path": lambda: model(["s = Sign(x)", "y = ReduceSum(s, a)"], IMAGE, ["y"], {"a": np.array([2, 3])}),
     "an integer input": lambda: integers(),
+    "half precision": few_bits.half,
     "a gate and a leaky activation": lambda: model(
         ["h = HardSwish(x)", "r = LeakyRelu(h)", *POOLED], IMAGE, ["y"]
     ),
@@ -56,7 +58,7 @@ def test_what_is_said_is_what_is_done(name):
         manifest = read_manifest(converted)
         assert said.score == manifest.score and said.explained == manifest.inputs
         assert said.rectifiers == manifest.rectifiers and said.passed_through == manifest.passed_through
-        assert said.opset_raised == manifest.opset
+        assert said.opset_raised == manifest.opset and said.surrogates == manifest.surrogates
         new = [value.name for value in converted.graph.input][len(proto.graph.input) :]
         assert [manifest.names[role] for role in said.target_inputs] == new
         if manifest.target_layer:
@@ -69,3 +71,34 @@ def test_the_models_are_of_every_kind():
     assert methods["a classifier"] == set(METHODS)
     assert methods["features, no image"] == {"saliency", "input_x_gradient", "guided_backprop", "deconvnet"}
     assert not methods["a gap"] and not methods["no path"] and not methods["an integer input"]
+
+
+def test_how_a_file_was_deployed():
+    plain, qdq, integer, dynamic, half, fused = (
+        graphgbp.inspect(make())
+        for make in (small_cnn, few_bits.qdq, few_bits.qoperator, few_bits.dynamic, few_bits.half, few_bits.fused)
+    )
+    assert plain.quantisation is None and not (plain.fused or plain.recomputed or plain.surrogates)
+    assert plain.precision["type"] == qdq.precision["type"] == "float32" and half.precision["type"] == "float16"
+    assert [found.quantisation["form"] for found in (qdq, integer, dynamic)] == [["QDQ"], ["QOperator"], ["dynamic"]]
+    for found in (qdq, integer, dynamic):
+        assert found.quantisation["weights"] == ["int8"] and found.quantisation["activations"] == ["uint8"]
+    assert qdq.surrogates == ["xq", "aq", "mq", "rq"] and integer.surrogates == ["xq", "aq", "bq"]
+    assert qdq.quantisation["operators"] == {"DequantizeLinear": 6, "QuantizeLinear": 4}
+    assert integer.fused == {"QLinearConv": 2} and fused.fused == {"FusedConv": 2}
+    assert set(qdq.recomputed) == {"integer units", "fused or quantised nodes"}
+    assert set(fused.recomputed) == {"fused or quantised nodes"}
+    assert fused.opsets == {"ai.onnx": 18, "com.microsoft": 1}
+    assert [found["clothing"] for found in fused.rectifiers] == ["Relu in FusedConv"] * 2
+    assert [found["clothing"] for found in qdq.rectifiers] == ["Relu swallowed by QuantizeLinear", "Relu"]
+
+
+@pytest.mark.parametrize("name", few_bits.GOOD)
+def test_clothing_and_surrogates_are_told_in_the_words_of_the_manifest(name):
+    said, manifest = (act(few_bits.GOOD[name]()) for act in (graphgbp.inspect, _manifest))
+    assert said.rectifiers == manifest.rectifiers and said.surrogates == manifest.surrogates
+    assert bool(said.surrogates) == (name in ("qdq", "qoperator", "dynamic"))
+
+
+def _manifest(proto):
+    return read_manifest(graphgbp.convert(proto, "saliency"))

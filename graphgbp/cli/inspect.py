@@ -58,6 +58,7 @@ def _facts(found: "Inspection") -> Iterator[tuple[str, str]]:
         yield "weights", f"{console.spell_bytes(inline)} in the file"
     for location, count in external.items():
         yield "weights", f"{console.spell_bytes(count)} in {location}, beside the file"
+    yield from _deployment(found)
     for kind, tensors in (("input", found.inputs), ("output", found.outputs)):
         for tensor in tensors:
             layout = next(
@@ -77,6 +78,32 @@ def _facts(found: "Inspection") -> Iterator[tuple[str, str]]:
         yield "passed through", f"{_counted(found.passed_through)} (smooth or leaky: no published guided rule)"
     if found.converted:
         yield "converted", f"by graphgbp {found.converted['graphgbp']}: {', '.join(found.converted['methods'])}"
+
+
+def _deployment(found: "Inspection") -> Iterator[tuple[str, str]]:
+    if found.producer["name"]:
+        yield "made by", " ".join(filter(None, found.producer.values()))
+    others = {domain: version for domain, version in found.opsets.items() if domain != "ai.onnx"}
+    if others:
+        yield "other opsets", ", ".join(f"{domain} {version}" for domain, version in others.items())
+    counts = found.precision["tensors"]
+    if found.precision["type"]:
+        spread = f" ({_spelled(counts)} tensors)" if len(counts) > 1 else ""
+        yield "precision", f"{found.precision['type']}{spread}"
+    if found.quantisation:
+        held = found.quantisation
+        types = [f"{what} {'/'.join(held[what])}" for what in ("weights", "activations") if held[what]]
+        yield "quantised", ", ".join([" and ".join(held["form"]), *types])
+    if found.surrogates:
+        yield "surrogates", f"{len(found.surrogates)} quantisers that the gradient goes straight through"
+    if found.fused:
+        yield "seen as plain", _spelled(found.fused)
+    if found.recomputed:
+        yield "computed again", f"where a gradient needs them: {_spelled(found.recomputed, ' nodes of ')}"
+
+
+def _spelled(counts: dict[str, int], between: str = " ") -> str:
+    return ", ".join(f"{count}{between}{what}" for what, count in counts.items())
 
 
 def _counted(activations: list[dict[str, str]]) -> str:

@@ -7,6 +7,7 @@ import pytest
 import graphgbp
 from tests.build import model
 from tests.cli.conftest import refused
+from tests.verification.test_few_bits import fused, qdq
 
 
 def test_says_what_can_be_explained(run, folder):
@@ -63,3 +64,16 @@ def test_says_where_the_weights_are(run, folder):
     size = (folder / "model.data").stat().st_size
     assert json.loads(run("inspect", "model.onnx", "--json").stdout)["weights"]["external"] == {"model.data": size}
     assert "in model.data, beside the file" in run("inspect", "model.onnx").stdout
+
+
+def test_says_how_a_file_was_deployed(run, folder):
+    made = qdq()
+    made.producer_name, made.producer_version = "onnx.quantize", "0.1.0"
+    onnx.save(made, folder / "int8.onnx")
+    onnx.save(fused(), folder / "fused.onnx")
+    lines = [" ".join(line.split()) for line in run("inspect", "int8.onnx").stdout.splitlines()]
+    assert "made by onnx.quantize 0.1.0" in lines and "precision float32" in lines
+    assert "quantised QDQ, weights int8, activations uint8" in lines
+    assert "surrogates 4 quantisers that the gradient goes straight through" in lines
+    text = run("inspect", "fused.onnx").stdout
+    assert "2 FusedConv" in text and "com.microsoft 1" in text and "2 Relu in FusedConv" in text
