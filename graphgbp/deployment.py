@@ -27,7 +27,7 @@ def origin(model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def deployed(model: onnx.ModelProto, view: View) -> dict[str, Any]:
-    """What a model computes in: `precision`, `quantisation` (None without), `fused`, `recomputed`, as in an Inspection."""
+    """What a model computes in: an Inspection's `precision`, `quantisation`, `fused` and `recomputed`."""
     return {
         "precision": _precision(model, view),
         "quantisation": _quantisation(model, view),
