@@ -5,7 +5,7 @@ image be differentiated without asking at run time whether it broadcasts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -133,6 +133,11 @@ def window_count(size: int, span: int, stride: int, pads: tuple[int, int], ceil:
     return count - ((count - 1) * stride >= size + pads[0])
 
 
+def _makes_those_sizes(resize: Mapping[str, Any]) -> bool:
+    """Whether a Resize makes the sizes it is given, of all axes."""
+    return "axes" not in resize and resize.get("keep_aspect_ratio_policy", b"stretch") == b"stretch"
+
+
 def _told_sizes(
     node: onnx.NodeProto, types: Mapping[str, TensorType], sizes: Mapping[str, np.ndarray]
 ) -> Sequence[symbols.Open] | None:
@@ -147,7 +152,7 @@ def _told_sizes(
             return symbols.expanded(shapes[0], target)
         case "ConstantOfShape", [list() as target]:
             return target
-        case "Resize", [_, _, _, list() as target] if not attributes.keys() & {"axes", "keep_aspect_ratio_policy"}:
+        case "Resize", [_, _, _, list() as target] if _makes_those_sizes(attributes):
             return target
         case "Tile", [_, list() as repeats] if shapes[0] is not None:
             return [symbols.times(size, count) for size, count in zip(shapes[0], repeats, strict=True)]

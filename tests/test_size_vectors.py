@@ -85,3 +85,17 @@ def test_sizes_computed_from_the_input(nodes, shape):
     made = model([*nodes, "y = Identity(z)"], {"x": ("N", 2, 3)}, ["y"], WEIGHTS)
     read = assert_sizes_hold(made, {"x": drawn(4, 2, 3)})
     assert shape is None or read["z"] == shape
+
+
+def test_behind_a_fused_node():
+    """ONNX Runtime writes out every default when it saves a model, and ONNX's inference ends at its operators."""
+    nodes = [
+        'c = com.microsoft.FusedConv<activation="Relu">(x, w)',
+        "s = Shape<start=0, end=2>(c)",
+        "t = Concat<axis=0>(s, wanted)",
+        'y = Resize<mode="linear", keep_aspect_ratio_policy="stretch">(c, , , t)',
+    ]
+    weights = {"w": drawn(4, 3, 3, 3), "wanted": np.array([12, 10])}
+    made = model(nodes, {"x": ["N", 3, 8, 8]}, ["y"], weights)
+    read = assert_sizes_hold(made, {"x": drawn(2, 3, 8, 8)})
+    assert read["y"] == ("N", 4, 12, 10)
