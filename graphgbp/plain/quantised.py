@@ -28,8 +28,14 @@ def dequantized(
     """(q - z) s, float32, in plain nodes: no DequantizeLinear that the runtime would merge with the model's own."""
     real = g.cast(q, np.float32)
     if zero_point is not None and not (isinstance(zero_point, gs.Constant) and not np.any(zero_point.values)):
-        real = g.sub(real, _along(g, g.cast(zero_point, np.float32), q, axis))
-    return g.mul(real, _along(g, g.cast(scale, np.float32), q, axis))
+        real = g.sub(real, _along(g, in_float32(g, zero_point), q, axis))
+    return g.mul(real, _along(g, in_float32(g, scale), q, axis))
+
+
+def in_float32(g: Emitter, x: gs.Tensor) -> gs.Tensor:
+    """x cast; one number that is known stays known."""
+    is_number = isinstance(x, gs.Constant) and x.values.size == 1
+    return g.constant(x.values, np.float32) if is_number else g.cast(x, np.float32)
 
 
 def _along(g: Emitter, values: gs.Tensor, q: gs.Tensor, axis: int) -> gs.Tensor:
@@ -55,12 +61,8 @@ def quantized_in_plain_nodes(g: Emitter, x: gs.Tensor, scale: gs.Tensor, zero_po
 def quantized(g: Emitter, y: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor, axis: int = 1) -> gs.Tensor:
     """y as the quantiser stores it, behind the ReLU that it swallowed, if it did."""
     return g.op(
-        "QuantizeLinear", _behind_swallowed(g, y, scale, zero_point) or y, _flat(g, scale), zero_point, axis=axis
+        "QuantizeLinear", _behind_swallowed(g, y, scale, zero_point) or y, in_float32(g, scale), zero_point, axis=axis
     )
-
-
-def _flat(g: Emitter, scale: gs.Tensor) -> gs.Tensor:
-    return g.cast(scale, np.float32)
 
 
 def _behind_swallowed(g: Emitter, x: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor | None) -> gs.Tensor | None:
@@ -89,7 +91,7 @@ def quantize_linear(
     """A ReLU and the quantiser that swallowed it"""
     behind = _behind_swallowed(g, x, scale, zero_point)
     kept = attributes(node, "axis", "block_size", "saturate", "output_dtype", "precision")
-    return None if behind is None else g.op("QuantizeLinear", behind, _flat(g, scale), zero_point, **kept)
+    return None if behind is None else g.op("QuantizeLinear", behind, in_float32(g, scale), zero_point, **kept)
 
 
 @plain("DynamicQuantizeLinear", (11,), keeps=True, surrogate=True)
@@ -123,7 +125,7 @@ def qlinear_conv(
 ) -> gs.Tensor:
     """Conv; the bias is in units of x_scale w_scale"""
     x, w = dequantized(g, x, x_scale, x_zero_point), dequantized(g, w, w_scale, w_zero_point)
-    unit = None if bias is None else g.mul(g.cast(x_scale, np.float32), g.cast(w_scale, np.float32))
+    unit = None if bias is None else g.mul(in_float32(g, x_scale), in_float32(g, w_scale))
     b = None if bias is None or unit is None else g.mul(g.cast(bias, np.float32), unit)
     channels_last = bool(node.attrs.get("channels_last"))
     y = convolution(g, node, x, w, b, channels_last)
