@@ -60,7 +60,7 @@ class FakeQuantised(nn.Module):
 
     def _follow_swallowed(self) -> None:
         """What quantises a convolution whose ReLU the file has not stands behind the ReLU."""
-        made = {name for node in self.file.node for name in node.output}
+        made = {name for node in self.file.node if node.op_type in _RECTIFIERS for name in node.output}
         for node in self.graph.node:
             before, after = node.input[0], node.output[0]
             if node.op_type in _RECTIFIERS and before in self.quantisers and not made & {after, f"{after}_quantized"}:
@@ -79,7 +79,7 @@ class FakeQuantised(nn.Module):
         zero = self.numbers.get(f"{name}_zero_point", np.zeros((), q.dtype))
         by_axis = (-1, *[1] * (q.ndim - 1))
         scale, zero = (v.reshape(by_axis if v.size > 1 else ()) for v in (scale, zero))
-        return torch.from_numpy(np.asarray((q.astype(np.float64) - zero) * scale, np.float32))
+        return torch.from_numpy(np.asarray((q.astype(np.float64) - zero) * scale.astype(np.float64)))
 
     def _as_stored(self, name: str, x: Tensor) -> Tensor:
         if name not in self.quantisers:
@@ -90,7 +90,7 @@ class FakeQuantised(nn.Module):
             x.float(), float(scale), int(zero), int(limits.min), int(limits.max)
         ).to(x.dtype)
         if name in self.deployed:
-            told = torch.from_numpy((self.deployed[name].astype(np.float32) - np.float32(zero)) * scale).to(x.dtype)
+            told = torch.from_numpy((self.deployed[name].astype(np.float64) - float(zero)) * float(scale)).to(x.dtype)
             self.steps[name] = float((told - y.detach()).abs().max() / float(scale))
             y = y + (told - y).detach()
         return y
@@ -103,12 +103,21 @@ class FakeQuantised(nn.Module):
             inputs = [values[name] if name else None for name in node.input]
             attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             if str(index) in self.rectifiers:
-                y = self.rectifiers[str(index)](inputs[0])
+                y = self.rectifiers[str(index)](_settled(inputs[0]))
             else:
                 y = OPERATORS[node.op_type](attributes, *inputs)
             values[node.output[0]] = self._as_stored(node.output[0], y)
         self.at_layer = values.get(self.layer or "")
         return values[self.graph.output[0].name]
+
+
+def _settled(x: Tensor) -> Tensor:
+    """x, rounded near the kinks of ReLU6 as the file has it: 0 where integers add up to 0, and by a 6 as float32 is.
+
+    What is left of such a sum in floats is rounding of scales. The integers' next sum is further off than 1e-6.
+    """
+    rounded = torch.where(x.abs() < 1e-6, 0, torch.where((x - 6).abs() < 1e-6, x.float().to(x.dtype), x))
+    return x + (rounded - x).detach()
 
 
 def _padded(attributes: Mapping[str, Any], x: Tensor, value: float = 0.0) -> Tensor:

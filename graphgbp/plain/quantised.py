@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from graphgbp.emit import Emitter
 from graphgbp.forms import MICROSOFT, attributes, plain
-from graphgbp.plain.signs import is_models_own, may_be_negative
+from graphgbp.plain.signs import is_models_own, may_be_followed_by_relu, may_be_negative
 
 QUANTISERS = (
     "QuantizeLinear", "QLinearConv", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearWhere",
@@ -69,14 +69,14 @@ def _behind_swallowed(g: Emitter, x: gs.Tensor, scale: gs.Tensor, zero_point: gs
     """Relu(x), or Clip(x, 0, 6) where the quantiser ends at 6; None where it swallowed neither.
 
     A quantiser whose zero point is the least of its type makes every x < 0 zero. That is a ReLU, unless x is never
-    negative or is the model's own input, whose pixels have their least value there.
+    negative, comes from where no ReLU follows, or is the model's own input, whose pixels have their least value there.
     """
     if not (isinstance(zero_point, gs.Constant) and isinstance(scale, gs.Constant)) or zero_point.values.size != 1:
         return None
     kind = zero_point.values.dtype
     if kind.kind not in "iu" or int(zero_point.values.reshape(())) != np.iinfo(kind).min:
         return None
-    if not may_be_negative(x) or is_models_own(x):
+    if not may_be_negative(x) or not may_be_followed_by_relu(x) or is_models_own(x):
         return None
     end = float(scale.values.reshape(())) * (int(np.iinfo(kind).max) - int(np.iinfo(kind).min))
     if abs(end - 6) > 6 * _SWALLOWED_RELU6:
@@ -123,13 +123,13 @@ def qlinear_conv(
     y_zero_point: gs.Tensor,
     bias: gs.Tensor | None = None,
 ) -> gs.Tensor:
-    """Conv; the bias is in units of x_scale w_scale"""
-    x, w = dequantized(g, x, x_scale, x_zero_point), dequantized(g, w, w_scale, w_zero_point)
-    unit = None if bias is None else g.mul(in_float32(g, x_scale), in_float32(g, w_scale))
-    b = None if bias is None or unit is None else g.mul(g.cast(bias, np.float32), unit)
-    channels_last = bool(node.attrs.get("channels_last"))
-    y = convolution(g, node, x, w, b, channels_last)
-    return quantized(g, y, y_scale, y_zero_point)
+    """Conv of integers, the bias too, in units of x_scale w_scale: a sum that is 0 stays so, on no side of a ReLU"""
+    channels_last, unit = bool(node.attrs.get("channels_last")), g.mul(in_float32(g, x_scale), in_float32(g, w_scale))
+    b = None if bias is None else g.cast(bias, np.float32)
+    sums = convolution(g, node, _centred(g, x, x_zero_point), _centred(g, w, w_zero_point), b, channels_last)
+    by_channel = [-1] if channels_last else [-1, *[1] * (len(w.shape) - 2)]
+    per_unit = g.div(g.constant(np.float32(1)), g.reshape(unit, by_channel))  # a Mul would be fused into the weights
+    return quantized(g, g.div(sums, per_unit), y_scale, y_zero_point)
 
 
 def convolution(

@@ -16,6 +16,11 @@ _MOVES = {
     "Add", "Cast", "DepthToSpace", "DequantizeLinear", "Div", "Flatten", "Identity", "Mul", "Pad", "QuantizeLinear",
     "Reshape", "Slice", "SpaceToDepth", "Squeeze", "Sub", "Transpose", "Unsqueeze",
 }  # fmt: skip
+_NO_RELU_FOLLOWS = {
+    "AveragePool", "Celu", "Elu", "Gelu", "GlobalAveragePool", "GlobalMaxPool", "HardSwish", "LeakyRelu", "MaxPool",
+    "Mish", "PRelu", "ReduceMean", "Resize", "Selu", "Softsign", "Swish", "Tanh",
+}  # fmt: skip
+_REARRANGES = {"Cast", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 _SMALL = 4096  # a larger constant is a weight and not looked into
 
 
@@ -75,6 +80,16 @@ def _is_stored_above_zero(node: gs.Node) -> bool:
         return False
     least = np.iinfo(q.dtype).min
     return least == 0 if zero_point is None else bool((zero_point.values == least).all())
+
+
+def may_be_followed_by_relu(tensor: gs.Tensor) -> bool:
+    """Whether networks have a ReLU there: not behind another activation, a pooling or a mean.
+
+    Quantised with the least zero point, those were just never negative in calibration.
+    """
+    while tensor.inputs and tensor.inputs[0].op in _REARRANGES:
+        tensor = tensor.inputs[0].inputs[0]
+    return not tensor.inputs or tensor.inputs[0].op not in _NO_RELU_FOLLOWS
 
 
 def is_models_own(tensor: gs.Tensor) -> bool:
