@@ -134,10 +134,9 @@ def _in_its_node(view: View, activation: Activation) -> Activation:
     """An activation that stands in no node of its own in the file, and the node that it stands in."""
     if id(activation.node) not in view.standing_for:
         return activation
-    op, name = view.standing_for[id(activation.node)]
+    op, _ = view.standing_for[id(activation.node)]
     how = "swallowed by" if op in QUANTISERS else "in"
-    reason = f"{activation.reason}; {how} {op} '{name}'"
-    return replace(activation, clothing=f"{activation.clothing} {how} {op}", reason=reason)
+    return replace(activation, clothing=f"{activation.clothing} {how} {op}")
 
 
 def surrogates_among(view: View, nodes: Sequence[gs.Node]) -> list[str]:

@@ -22,6 +22,7 @@ from graphgbp.errors import RequestError
 from graphgbp.extents import ALL, NOTHING, Extents, one_to_one, reaching
 from graphgbp.layouts import Layout, Layouts
 from graphgbp.nodes import input_names, label
+from graphgbp.stored import counts_steps, real_of
 from graphgbp.view import View
 
 _SAME_VALUES = {"Identity", "Dropout", "Cast", "Transpose"}
@@ -107,7 +108,10 @@ class LayerSearch:
             )
             for node in self.nodes
             for tensor in node.outputs
-            if tensor.name in crossed | attending and self._is_spatial(tensor) and self._positions_reach(tensor)
+            if tensor.name in crossed | attending
+            and not counts_steps(tensor, self.view.stored)
+            and self._is_spatial(tensor)
+            and self._positions_reach(tensor)
         ]
 
     @cached_property
@@ -151,6 +155,8 @@ class LayerSearch:
 
     def _named(self, request: str) -> Layer:
         tensor, advice = find_tensor(self.view, request, self.candidates), _advice(self.candidates)
+        if counts_steps(tensor, self.view.stored):
+            tensor = self._real_of(tensor, request)
         if tensor.shape is None or len(tensor.shape) < 3 or not is_float(tensor):
             raise RequestError(f"'{request}' has no spatial positions (shape {tensor.shape}); {advice}")
         if self.score.name not in varied_tensors(self.view, [tensor.name], self.rule_for):
@@ -168,6 +174,15 @@ class LayerSearch:
                 f"is zero, and so would Grad-CAM be; {advice}"
             )
         return Layer(tensor, self.layouts[tensor.name], "as asked")
+
+    def _real_of(self, quantised: gs.Tensor, request: str) -> gs.Tensor:
+        found = real_of(quantised, self.view.stored)
+        if found is None:
+            raise RequestError(
+                f"'{request}' is quantised: its integers count steps from a zero point, and nothing behind it "
+                f"dequantises them; {_advice(self.candidates)}"
+            )
+        return found
 
     def _is_spatial(self, tensor: gs.Tensor) -> bool:
         """Whether a tensor has positions: more than one, as far as is known."""

@@ -97,3 +97,24 @@ def _is_integer(x: gs.Tensor) -> bool:
 def is_quantised(kind: np.dtype[Any]) -> bool:
     """Whether a stored type is one of quantised numbers, not of half precision."""
     return kind.kind in "iu" or kind.name in ("int4", "uint4", "int2", "uint2")
+
+
+def counts_steps(x: gs.Tensor, stored: Stored) -> bool:
+    """Whether a tensor holds the integers of a quantised one, and not what they stand for."""
+    while x.name not in stored or stored[x.name].kind not in "iu":
+        if not x.inputs or x.inputs[0].op not in ("Cast", "Sub"):
+            return False
+        x = x.inputs[0].inputs[0]
+    return True
+
+
+def real_of(x: gs.Tensor, stored: Stored) -> gs.Tensor | None:
+    """What the integers of a tensor stand for, as a node behind it makes it; None where none does."""
+    waiting = [x]
+    while waiting:
+        for node in waiting.pop(0).outputs:
+            if node.op == "DequantizeLinear" or (node.op == "Mul" and counts_steps(node.inputs[0], stored)):
+                return node.outputs[0]
+            if node.op in ("Cast", "Sub"):
+                waiting.append(node.outputs[0])
+    return None

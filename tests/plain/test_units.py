@@ -65,3 +65,22 @@ def test_the_forward_pass_keeps_its_bits(types, opset, tmp_path):
     np.testing.assert_array_equal(found, expected)
     assert ("QLinearConv" in fused) == ("QLinearConv" in fused_still)
     assert types[0] == "QInt8" or "QLinearConv" in fused, "else nothing was at stake"
+
+
+@pytest.mark.parametrize("layout", ["QDQ", "QOperator"])
+def test_a_layer_is_taken_in_real_numbers(layout, tmp_path):
+    """Never in a quantiser's steps, which count from its zero point: a name of those means what they stand for."""
+    path = quantised(tmp_path, layout, "QUInt8", "QInt8")
+    proto = onnx.load(path)
+    steps = {node.output[0] for node in proto.graph.node if node.op_type in ("QuantizeLinear", "QLinearConv")}
+    assert steps.isdisjoint(layer["tensor"] for layer in graphgbp.inspect(path).layers)
+    name = next(name for name in steps if name.startswith("f_"))  # behind the last convolution, which has no ReLU
+    proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    (q,) = ort.InferenceSession(proto.SerializeToString()).run([name], {"x": IMAGES})
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    scale, zero_point = constants["f_scale"], constants["f_zero_point"]
+    assert zero_point > 0
+    converted = graphgbp.convert(path, ["gradcam"], target_layer=name)
+    session = ort.InferenceSession(converted.SerializeToString())
+    (features,) = session.run(["gradcam_features"], {"x": IMAGES, "target": np.array([3])})
+    np.testing.assert_allclose(features, (q.astype(np.float32) - zero_point) * scale, rtol=1e-6)
