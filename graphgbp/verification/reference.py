@@ -15,6 +15,8 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_conv_transpose import ConvTranspose as ReferenceConvTranspose
 from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
+_STEEP = 2.0**10  # no activation is as steep
+
 
 class _Window:
     """The geometry of a window over sizes: strides, dilations and pads, with those that are left out filled in."""
@@ -124,6 +126,15 @@ class Erf(OpRun):
         return (np.vectorize(math.erf, otypes=[np.float64])(x),)
 
 
+class HardSigmoid(OpRun):
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, alpha: Any = None, beta: Any = None) -> tuple[np.ndarray]:
+        """A steep one is a mask, 0 or 1 of every float32: in double it is so in between as well."""
+        y = np.clip(alpha * x + beta, 0, 1)
+        return (np.ceil(y) if abs(alpha) >= _STEEP else y,)
+
+
 class GridSample(OpRun):
     op_domain = ""
 
@@ -205,4 +216,16 @@ def _places(x: np.ndarray, indices: np.ndarray, axis: int | None) -> tuple[np.nd
 
 
 _REDUCTIONS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
-OPERATORS = [Conv, ConvTranspose, Erf, MaxPool, GlobalMaxPool, GridSample, LRN, Pad, GatherElements, ScatterElements]
+OPERATORS = [
+    Conv,
+    ConvTranspose,
+    Erf,
+    HardSigmoid,
+    MaxPool,
+    GlobalMaxPool,
+    GridSample,
+    LRN,
+    Pad,
+    GatherElements,
+    ScatterElements,
+]
