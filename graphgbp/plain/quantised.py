@@ -123,9 +123,10 @@ def qlinear_conv(
     y_zero_point: gs.Tensor,
     bias: gs.Tensor | None = None,
 ) -> gs.Tensor:
-    """Conv of integers, the bias too, in units of x_scale w_scale: a sum that is 0 stays so, on no side of a ReLU"""
+    """Conv; the bias is in units of x_scale w_scale"""
     channels_last, unit = bool(node.attrs.get("channels_last")), g.mul(in_float32(g, x_scale), in_float32(g, w_scale))
     b = None if bias is None else g.cast(bias, np.float32)
+    # of integers: a sum that is 0 stays 0, and the ReLU behind it shut
     sums = convolution(g, node, _centred(g, x, x_zero_point), _centred(g, w, w_zero_point), b, channels_last)
     by_channel = [-1] if channels_last else [-1, *[1] * (len(w.shape) - 2)]
     per_unit = g.div(g.constant(np.float32(1)), g.reshape(unit, by_channel))  # a Mul would be fused into the weights
