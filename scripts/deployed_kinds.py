@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader
 from torch import nn
 
@@ -35,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file, the package that made it, and whether ONNX Runtime's CPU provider runs it."""
+    """A kind of file, the package that made it, and whether ONNX Runtime's CPU provider runs it: else ONNX's evaluator."""
 
     name: str
     package: str
@@ -231,6 +232,54 @@ def four_bits(source: Source, path: Path) -> None:
     made.model.save_model_to_file(str(path))
 
 
+def weights_only(source: Source, path: Path) -> None:
+    """Convolution weights in int8 by output channel, dequantised before they are used."""
+    onnx.save(_with_int8_weights(source.path, lambda w, q, s: [_node("DequantizeLinear", [q, s], w, axis=0)]), path)
+
+
+def cast_and_scaled(source: Source, path: Path) -> None:
+    """The same with a Cast and a Mul."""
+
+    def nodes(weight: str, q: str, scale: str) -> list[onnx.NodeProto]:
+        real, axes, column = f"{weight}/real", f"{weight}/axes", f"{weight}/column"
+        return [
+            _node("Cast", [q], real, to=onnx.TensorProto.FLOAT),
+            _node("Constant", [], axes, value_ints=[1, 2, 3]),
+            _node("Unsqueeze", [scale, axes], column),
+            _node("Mul", [real, column], weight),
+        ]
+
+    onnx.save(_with_int8_weights(source.path, nodes), path)
+
+
+def _node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(op, inputs, [output], output, **attributes)
+
+
+def _with_int8_weights(path: Path, nodes: Callable[[str, str, str], list[onnx.NodeProto]]) -> onnx.ModelProto:
+    model = _without_shapes(path)
+    weights = {x.name: x for x in model.graph.initializer if len(x.dims) == len("OIHW")}
+    before: list[onnx.NodeProto] = []
+    for name, tensor in weights.items():
+        value = numpy_helper.to_array(tensor)
+        scale = np.abs(value).max((1, 2, 3)) / 127
+        q = np.rint(value / scale[:, None, None, None]).astype(np.int8)
+        model.graph.initializer.remove(tensor)
+        model.graph.initializer.extend(
+            numpy_helper.from_array(*pair) for pair in ((q, f"{name}/q"), (scale, f"{name}/scale"))
+        )
+        before += nodes(name, f"{name}/q", f"{name}/scale")
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend([*before, *kept])
+    return model
+
+
+def external(source: Source, path: Path) -> None:
+    """Weights in a file beside the model's."""
+    onnx.save(onnx.load(source.path), path, save_as_external_data=True, location=f"{path.stem}.weights")
+
+
 def then(first: Maker, second: Maker) -> Maker:
     """One tool after another."""
 
@@ -255,10 +304,10 @@ CNN = (
     Kind("float16 but for Clip and Gemm", "onnxconverter-common", float16(op_block_list=["Clip", "Gemm"])),
     Kind("float16 as exported", "torch", exported("float16", True)),
     Kind("float16 as exported, TorchScript", "torch", exported("float16", False)),
-    Kind("bfloat16 as exported", "torch", exported("bfloat16", True), runs=False),
     Kind("float16, then optimised, extended", "onnxruntime", then(float16(), optimised("extended"))),
     Kind("int8 QDQ, uint8 activations, per channel", "onnxruntime", QDQ),
     Kind("int8 QDQ, per tensor", "onnxruntime", quantised("QDQ", "QUInt8", "QInt8")),
+    Kind("int8 QDQ, int8 activations", "onnxruntime", quantised("QDQ", "QInt8", "QInt8", per_channel=True)),
     Kind(
         "int8 QDQ, int8 activations, symmetric",
         "onnxruntime",
@@ -268,6 +317,9 @@ CNN = (
     Kind("int8 QDQ, then optimised, extended", "onnxruntime", then(QDQ, optimised("extended"))),
     Kind("int8 QOperator", "onnxruntime", quantised("QOperator", "QUInt8", "QInt8", per_channel=True)),
     Kind("int8, dynamic", "onnxruntime", dynamic),
+    Kind("int8 weights, DequantizeLinear", "onnx", weights_only),
+    Kind("int8 weights, Cast and Mul", "onnx", cast_and_scaled),
+    Kind("external weights", "onnx", external),
 )
 VIT = (
     Kind("float32 as exported", "torch", unchanged),
@@ -275,6 +327,7 @@ VIT = (
     Kind("onnxruntime.transformers", "onnxruntime", transformer_optimised()),
     Kind("onnxruntime.transformers, float16", "onnxruntime", transformer_optimised(half=True)),
     Kind("float16", "onnxconverter-common", float16()),
+    Kind("bfloat16 as exported", "torch", exported("bfloat16", True), runs=False),
     Kind("int8 QDQ", "onnxruntime", QDQ),
     Kind("int8 QOperator", "onnxruntime", quantised("QOperator", "QUInt8", "QInt8")),
     Kind("int8, dynamic", "onnxruntime", dynamic),
