@@ -36,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file, the package that made it, and whether ONNX Runtime's CPU provider runs it: else ONNX's evaluator."""
+    """A kind of file and the package that made it; `runs`: by ONNX Runtime's CPU provider, else by ONNX's evaluator."""
 
     name: str
     package: str
