@@ -21,7 +21,6 @@ import onnx
 
 SCRIPTS = Path(__file__).resolve().parent
 NODE = SCRIPTS / "elsewhere"
-IMAGE = "image.bin"
 TIMEOUT = 1800  # seconds; the ReferenceEvaluator takes minutes
 PROGRAMS = {
     "cpp": "explain.cpp",
@@ -45,22 +44,21 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Runtime:
-    """`command(model, target)` runs it in a folder, where it leaves `<output>.bin`; None where `missing`."""
+    """`command(model, image, target)` runs it in a folder, where it leaves `<output>.bin`; None where `missing`."""
 
     name: str
     version: str
     where: str
-    command: Callable[[str, list[str]], list[str]] | None = None
+    command: Callable[[str, str, list[str]], list[str]] | None = None
     missing: str = ""
     remark: str = ""
 
 
 @dataclass
 class Outcome:
-    """The outputs by name and the milliseconds of the run, or what was said instead."""
+    """The outputs by name, or what was said instead."""
 
     outputs: Mapping[str, np.ndarray] | None = None
-    ms: float = 0.0
     said: str = ""
 
 
@@ -76,13 +74,15 @@ class Work:
         if (NODE / "node_modules").exists():
             (folder / "node_modules").symlink_to((NODE / "node_modules").resolve())
 
-    def run(self, runtime: Runtime, model: str, target: int | None, like: Mapping[str, np.ndarray]) -> Outcome:
+    def run(
+        self, runtime: Runtime, image: str, model: str, target: int | None, like: Mapping[str, np.ndarray]
+    ) -> Outcome:
         """One run; the outputs have the types and shapes of those in `like`."""
         if runtime.command is None:
             return Outcome(said=runtime.missing)
         asked = [] if target is None else [str(target)]
         with tempfile.TemporaryDirectory() as out:
-            command = runtime.command(f"{model}.onnx", asked)
+            command = runtime.command(f"{model}.onnx", f"{image}.bin", asked)
             done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=TIMEOUT)
             if done.returncode:
                 return Outcome(said=reason(done.stderr))
@@ -92,9 +92,7 @@ class Work:
                 name: np.fromfile(Path(out) / f"{name}.bin", value.dtype).reshape(value.shape)
                 for name, value in like.items()
             }
-        told = re.search(r"([\d.e+-]+) ms", done.stdout)
-        assert told, done.stdout
-        return Outcome(outputs, float(told[1]))
+        return Outcome(outputs)
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -116,7 +114,7 @@ def printed(*command: str) -> str:
 
 def runtimes(work: Work, args: argparse.Namespace) -> Iterator[Runtime]:
     """All of them, those that are not at hand too."""
-    for make in (_reference, _openvino, _node, _web, _threaded_web, _cpp, _java, _csharp):
+    for make in (_reference, _openvino, _node, _web, _threaded_web, _cpp, _java, _csharp, _unoptimised):
         runtime = make(work, args)
         if not args.only or any(word in runtime.name for word in args.only):
             yield runtime
@@ -128,14 +126,19 @@ def _python(name: str, package: str, program: Path, work: Work) -> Runtime:
     except importlib.metadata.PackageNotFoundError:
         return Runtime(name, "-", "-", missing=f"{package} is not installed")
 
-    def command(model: str, target: list[str]) -> list[str]:
-        return [sys.executable, str(program), str(work.folder / model), str(work.folder / IMAGE), *target]
+    def command(model: str, image: str, target: list[str]) -> list[str]:
+        return [sys.executable, str(program), str(work.folder / model), str(work.folder / image), *target]
 
     return Runtime(name, version, f"Python {platform.python_version()}", command)
 
 
 def _reference(work: Work, args: argparse.Namespace) -> Runtime:
     return _python("onnx ReferenceEvaluator", "onnx", NODE / "reference.py", work)
+
+
+def _unoptimised(work: Work, args: argparse.Namespace) -> Runtime:
+    name = "ONNX Runtime, Python, optimiser off"
+    return _python(name, "onnxruntime-gpu", NODE / "unoptimised.py", work)
 
 
 def _openvino(work: Work, args: argparse.Namespace) -> Runtime:
@@ -152,8 +155,8 @@ def _node(work: Work, args: argparse.Namespace) -> Runtime:
     if version is None:
         return Runtime(name, "-", "-", missing="it is not installed")
 
-    def command(model: str, target: list[str]) -> list[str]:
-        return ["node", str(work.folder / "explain.mjs"), str(work.folder / model), str(work.folder / IMAGE), *target]
+    def command(model: str, image: str, target: list[str]) -> list[str]:
+        return ["node", str(work.folder / "explain.mjs"), str(work.folder / model), str(work.folder / image), *target]
 
     return Runtime(name, version, f"Node.js {printed('node', '--version')}", command)
 
@@ -164,8 +167,8 @@ def _web(work: Work, args: argparse.Namespace, isolated: bool = False) -> Runtim
     if version is None or not Path(args.chromium).exists():
         return Runtime(name, "-", "-", missing="it, or Chromium, is not installed")
 
-    def command(model: str, target: list[str]) -> list[str]:
-        query = f"model={model}&image={IMAGE}" + (f"&class={target[0]}" if target else "")
+    def command(model: str, image: str, target: list[str]) -> list[str]:
+        query = f"model={model}&image={image}" + (f"&class={target[0]}" if target else "")
         folder, ways = str(work.folder), ["isolated"] if isolated else []
         return ["node", str(NODE / "browser.mjs"), folder, query, args.chromium, *ways]
 
@@ -186,8 +189,8 @@ def _cpp(work: Work, args: argparse.Namespace) -> Runtime:
     subprocess.run([*build, f"-Wl,-rpath,{library}", "-o", "explain"], cwd=work.folder, check=True)
     api = re.search(r"define ORT_API_VERSION (\d+)", (include / "onnxruntime_c_api.h").read_text("utf-8"))
 
-    def command(model: str, target: list[str]) -> list[str]:
-        return [str(work.folder / "explain"), str(work.folder / model), str(work.folder / IMAGE), *target]
+    def command(model: str, image: str, target: list[str]) -> list[str]:
+        return [str(work.folder / "explain"), str(work.folder / model), str(work.folder / image), *target]
 
     return Runtime(name, f"1.{api[1]}" if api else "-", printed("g++", "--version"), command)
 
@@ -209,10 +212,10 @@ def _java(work: Work, args: argparse.Namespace) -> Runtime:
             model.ir_version = min(model.ir_version, 9)
             onnx.save(model, path.with_stem(path.stem + suffix))
 
-    def command(model: str, target: list[str]) -> list[str]:
+    def command(model: str, image: str, target: list[str]) -> list[str]:
         own = work.folder / model.replace(".onnx", f"{suffix}.onnx")
         path = f"{jar}:{work.folder}"
-        return ["java", "-cp", path, "Explain", str(own), str(work.folder / IMAGE), *target]
+        return ["java", "-cp", path, "Explain", str(own), str(work.folder / image), *target]
 
     return Runtime(name, number, printed("java", "--version"), command, remark=remark)
 
