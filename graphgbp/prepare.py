@@ -28,7 +28,7 @@ from graphgbp.inference import sizes_as_declared, type_outputs, whole_graph_type
 from graphgbp.model_file import tensor_names, with_readable_text
 from graphgbp.nodes import free_path, in_order, label, node_proto, topological_order
 from graphgbp.plain import units
-from graphgbp.plain.quantised import dequantized, quantized_in_plain_nodes
+from graphgbp.plain.chains import Chains
 from graphgbp.sizes import Sizes
 from graphgbp.stored import show_as_float32
 from graphgbp.view import View
@@ -65,7 +65,7 @@ def flatten(model: onnx.ModelProto, folder: Path | None = None) -> View:
     view = View(graph, opsets, seen_through=dict(calls))
     read_constants(graph.nodes)
     copies = units.copies(seen)
-    chains = _infer(view, model, seen, copies.quantised)
+    chains = _infer(view, model, seen, copies)
     for node in graph.nodes:
         _fill_defaults(node, opsets)
     _recompute(view, tensor_names(model), copies.nodes, chains)
@@ -104,12 +104,11 @@ def _refuse_undefined(graph: gs.Graph) -> None:
                 )
 
 
-def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto, signed: Collection[str]) -> list[gs.Node]:
+def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto, copies: units.Copies) -> list[gs.Node]:
     """Type every tensor in order and fold what depends on constants alone. Only inputs' declared shapes count.
 
     An If that this settles is replaced by its branch, a fused or quantised node by what it stands for. What comes back
-    are nodes that make dequantised tensors again, and the quantised ones in `signed`, for those who must not read the
-    model's own.
+    are the nodes of `graphgbp.plain.chains`.
     """
     known = whole_graph_types(seen)
     for tensor in view.graph.inputs:
@@ -118,7 +117,7 @@ def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto, signed: Co
     outer, fixed, there = tensor_names(seen), fixed_names(model), tensor_names(model)
     waiting, done = deque(view.graph.nodes), []
     g, sizes = Emitter(view.graph, view.opset, RECOMPUTED), Sizes()
-    chains: list[gs.Node] = []
+    chains = Chains(g, there, copies.nodes, copies.quantised)
     while waiting:
         node = waiting.popleft()
         branch = taken_branch(node, fixed)
@@ -133,13 +132,12 @@ def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto, signed: Co
             done.append(node)
             _settle_cast(node)
             type_outputs(node, view.opsets, known, sizes)
+            chains.notice(node)
             fold(node, view.opsets, sizes)
-            if node.op == "DequantizeLinear" and node.outputs and node.outputs[0].name in there:
-                chains += _dequantised_again(view, g, node)
-            if node.op == "QuantizeLinear" and node.outputs[0].name in signed:
-                chains += _quantised_again(view, g, node)
+            chains.follow(node)
     view.graph.nodes[:] = done
-    return chains
+    view.twins |= chains.twins
+    return chains.nodes
 
 
 def _see_through(view: View, node: gs.Node) -> str:
@@ -172,18 +170,6 @@ def _as_plain_nodes(view: View, g: Emitter, node: gs.Node) -> list[gs.Node] | No
     return nodes
 
 
-def _dequantised_again(view: View, g: Emitter, node: gs.Node) -> list[gs.Node]:
-    """Nodes that make a dequantised tensor under another name; none where the view need not tell the two apart."""
-    q, scale, zero_point = (*node.inputs, None)[:3]
-    y, start = node.outputs[0], len(g.nodes)
-    if not isinstance(y, gs.Variable) or node.attrs.get("block_size") or q.dtype is None or isinstance(q.dtype, int):
-        return []
-    with g.scope(y.name):
-        twin = dequantized(g, q, scale, zero_point, axis=node.attrs.get("axis", 1))
-        view.twins[y.name] = g.cast(twin, y.dtype).name
-    return g.nodes[start:]
-
-
 def _settle_cast(node: gs.Node) -> None:
     """A CastLike reads nothing of its second input but its type: a Cast."""
     if node.op in READ_AS and node.domain in (None, "", "ai.onnx") and node.inputs[1].dtype is not None:
@@ -201,15 +187,6 @@ def _defaults(domain: str, op: str, opset: int) -> dict[str, Any]:
         for name, attribute in schema.attributes.items()
         if attribute.default_value.type
     }
-
-
-def _quantised_again(view: View, g: Emitter, node: gs.Node) -> list[gs.Node]:
-    """Nodes that quantise in plain operators, of which the runtime knows nothing."""
-    x, scale, zero_point = node.inputs
-    q, start = node.outputs[0], len(g.nodes)
-    with g.scope(q.name):
-        view.twins[q.name] = quantized_in_plain_nodes(g, x, scale, zero_point, node.attrs.get("axis", 1)).name
-    return g.nodes[start:]
 
 
 def _fill_defaults(node: gs.Node, opsets: dict[str, int]) -> None:

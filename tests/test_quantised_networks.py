@@ -159,14 +159,8 @@ def test_maps_are_those_of_the_fake_quantised_network(style, kind, rectifier, tm
 MODELS = Path(__file__).parent.parent / "models"
 
 
-@pytest.mark.parametrize(
-    ("style", "tolerance"),
-    [
-        ("QOperator", 2e-6),
-        ("QDQ", 0.05),  # its sums are of floats: rounding decides on which side of a ReLU those fall that are exactly 0
-    ],
-)
-def test_efficientnet_lite0(style, tolerance, tmp_path):
+@pytest.mark.parametrize("style", ["QDQ", "QOperator"])
+def test_efficientnet_lite0(style, tmp_path):
     """Its 33 ReLU6 are all swallowed, and masked."""
     float_model = onnx.load(MODELS / "efficientnet_lite0.onnx")
     recipe = Recipe.load(MODELS / "efficientnet_lite0.recipe.json")
@@ -174,7 +168,7 @@ def test_efficientnet_lite0(style, tolerance, tmp_path):
     photo = np.stack([recipe.prepare(MODELS / "chelsea.png", spec)[0]])
     file = quantised(float_model, tmp_path, style, photo, **KINDS["u8 s8 by channel"])
     layer = [node.output[0] for node in float_model.graph.node if node.op_type == "Clip"][-1]
-    manifest, found = explained_alike(float_model, file, layer, photo, np.array([560]), tolerance)
+    manifest, found = explained_alike(float_model, file, layer, photo, np.array([560]))
     assert len(manifest.rectifiers) == 33
     assert all("swallowed" in rectifier["clothing"] for rectifier in manifest.rectifiers)
     assert np.array_equal(found["logits"], run(file, {"image": photo})["logits"])

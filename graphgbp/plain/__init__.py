@@ -9,6 +9,7 @@ from graphgbp.plain import (
     quantised,
     quantised_layers,
     quantised_products,
+    quantised_weights,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "quantised",
     "quantised_layers",
     "quantised_products",
+    "quantised_weights",
 ]

@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from graphgbp.emit import Emitter
 from graphgbp.forms import MICROSOFT, NotPlainError, attributes, plain
-from graphgbp.plain.quantised import convolution
+from graphgbp.plain.channels import convolution
 
 # -- activations ---------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,11 @@
 A quantised tensor q stands for the real number (q - z) s; its cotangent is taken by q itself, as if q were real.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphgbp.emit import Emitter
-from graphgbp.forms import MICROSOFT, attributes, plain
+from graphgbp.forms import attributes, plain
 from graphgbp.plain.signs import is_models_own, may_be_followed_by_relu, may_be_negative
 
 QUANTISERS = (
@@ -19,7 +17,6 @@ QUANTISERS = (
 """The nodes that may have swallowed a ReLU."""
 
 _SWALLOWED_RELU6 = 1e-3  # how near to 6 a quantiser ends whose range was a ReLU6's
-_CONVOLUTION = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
 def dequantized(
@@ -28,8 +25,13 @@ def dequantized(
     """(q - z) s, float32, in plain nodes: no DequantizeLinear that the runtime would merge with the model's own."""
     real = g.cast(q, np.float32)
     if zero_point is not None and not (isinstance(zero_point, gs.Constant) and not np.any(zero_point.values)):
-        real = g.sub(real, _along(g, in_float32(g, zero_point), q, axis))
-    return g.mul(real, _along(g, in_float32(g, scale), q, axis))
+        real = g.sub(real, along(g, in_float32(g, zero_point), q, axis))
+    return g.mul(real, along(g, in_float32(g, scale), q, axis))
+
+
+def centred(g: Emitter, q: gs.Tensor, zero_point: gs.Tensor | None, axis: int = 0) -> gs.Tensor:
+    """q - z, float32."""
+    return dequantized(g, q, g.constant(np.float32(1)), zero_point, axis)
 
 
 def in_float32(g: Emitter, x: gs.Tensor) -> gs.Tensor:
@@ -38,7 +40,7 @@ def in_float32(g: Emitter, x: gs.Tensor) -> gs.Tensor:
     return g.constant(x.values, np.float32) if is_number else g.cast(x, np.float32)
 
 
-def _along(g: Emitter, values: gs.Tensor, q: gs.Tensor, axis: int) -> gs.Tensor:
+def along(g: Emitter, values: gs.Tensor, q: gs.Tensor, axis: int) -> gs.Tensor:
     """One number for the whole tensor, or one for each index of an axis, broadcast against q."""
     if values.shape is not None and (len(values.shape) == 0 or tuple(values.shape) == (1,)):
         return g.reshape(values, [])
@@ -52,8 +54,8 @@ def _along(g: Emitter, values: gs.Tensor, q: gs.Tensor, axis: int) -> gs.Tensor:
 def quantized_in_plain_nodes(g: Emitter, x: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor, axis: int) -> gs.Tensor:
     """clip(round(x / s) + z), in the zero point's type."""
     kind = np.iinfo(zero_point.dtype)
-    rounded = g.op("Round", g.div(g.cast(x, np.float32), _along(g, g.cast(scale, np.float32), x, axis)))
-    shifted = g.add(rounded, _along(g, g.cast(zero_point, np.float32), x, axis))
+    rounded = g.op("Round", g.div(g.cast(x, np.float32), along(g, g.cast(scale, np.float32), x, axis)))
+    shifted = g.add(rounded, along(g, g.cast(zero_point, np.float32), x, axis))
     clipped = g.op("Clip", shifted, g.constant(np.float32(kind.min)), g.constant(np.float32(kind.max)))
     return g.cast(clipped, zero_point.dtype)
 
@@ -103,98 +105,3 @@ def dynamic_quantize_linear(g: Emitter, node: gs.Node, x: gs.Tensor) -> gs.Tenso
     scale.dtype, zero_point.dtype = np.dtype(np.float32), np.dtype(np.uint8)
     scale.shape = zero_point.shape = ()
     return g.op("QuantizeLinear", x, scale, zero_point)
-
-
-# -- convolution and products -------------------------------------------------------------------------------------
-
-
-@plain("QLinearConv", (10,), surrogate=True)
-@plain("QLinearConv", domain=MICROSOFT, surrogate=True)
-def qlinear_conv(
-    g: Emitter,
-    node: gs.Node,
-    x: gs.Tensor,
-    x_scale: gs.Tensor,
-    x_zero_point: gs.Tensor,
-    w: gs.Tensor,
-    w_scale: gs.Tensor,
-    w_zero_point: gs.Tensor,
-    y_scale: gs.Tensor,
-    y_zero_point: gs.Tensor,
-    bias: gs.Tensor | None = None,
-) -> gs.Tensor:
-    """Conv; the bias is in units of x_scale w_scale"""
-    channels_last, unit = bool(node.attrs.get("channels_last")), g.mul(in_float32(g, x_scale), in_float32(g, w_scale))
-    b = None if bias is None else g.cast(bias, np.float32)
-    # of integers: a sum that is 0 stays 0, and the ReLU behind it shut
-    sums = convolution(g, node, _centred(g, x, x_zero_point), _centred(g, w, w_zero_point), b, channels_last)
-    by_channel = [-1] if channels_last else [-1, *[1] * (len(w.shape) - 2)]
-    per_unit = g.div(g.constant(np.float32(1)), g.reshape(unit, by_channel))  # a Mul would be fused into the weights
-    return quantized(g, g.div(sums, per_unit), y_scale, y_zero_point)
-
-
-def convolution(
-    g: Emitter, node: gs.Node, x: gs.Tensor, w: gs.Tensor, b: gs.Tensor | None, channels_last: bool = False
-) -> gs.Tensor:
-    """Conv with the node's attributes, between two Transposes where the channels come last."""
-    kept = attributes(node, *_CONVOLUTION)
-    if not channels_last:
-        return g.op("Conv", x, w, b, **kept)
-    return channels_second(g, x, len(w.shape), lambda x: g.op("Conv", x, w, b, **kept))
-
-
-def channels_second(g: Emitter, x: gs.Tensor, rank: int, compute: Callable[[gs.Tensor], gs.Tensor]) -> gs.Tensor:
-    """What `compute` gives of x, both with their channels last."""
-    y = compute(g.transpose(x, [0, rank - 1, *range(1, rank - 1)]))
-    return g.transpose(y, [0, *range(2, rank), 1])
-
-
-@plain("QLinearMatMul", (10, 21), surrogate=True)
-def qlinear_matmul(
-    g: Emitter,
-    node: gs.Node,
-    a: gs.Tensor,
-    a_scale: gs.Tensor,
-    a_zero_point: gs.Tensor,
-    b: gs.Tensor,
-    b_scale: gs.Tensor,
-    b_zero_point: gs.Tensor,
-    y_scale: gs.Tensor,
-    y_zero_point: gs.Tensor,
-) -> gs.Tensor:
-    """MatMul; a's scales are by row, b's by column"""
-    product = g.matmul(
-        dequantized(g, a, a_scale, a_zero_point, axis=-2), dequantized(g, b, b_scale, b_zero_point, axis=-1)
-    )
-    return quantized(g, product, y_scale, y_zero_point)
-
-
-@plain("ConvInteger", (10,), surrogate=True)
-def conv_integer(
-    g: Emitter,
-    node: gs.Node,
-    x: gs.Tensor,
-    w: gs.Tensor,
-    x_zero_point: gs.Tensor | None = None,
-    w_zero_point: gs.Tensor | None = None,
-) -> gs.Tensor:
-    """Conv of x - z_x and w - z_w, in integers"""
-    y = convolution(g, node, _centred(g, x, x_zero_point), _centred(g, w, w_zero_point), None)
-    return g.cast(y, np.int32)
-
-
-@plain("MatMulInteger", (10,), surrogate=True)
-def matmul_integer(
-    g: Emitter,
-    node: gs.Node,
-    a: gs.Tensor,
-    b: gs.Tensor,
-    a_zero_point: gs.Tensor | None = None,
-    b_zero_point: gs.Tensor | None = None,
-) -> gs.Tensor:
-    """MatMul of a - z_a and b - z_b, in integers"""
-    return g.cast(g.matmul(_centred(g, a, a_zero_point, -2), _centred(g, b, b_zero_point, -1)), np.int32)
-
-
-def _centred(g: Emitter, q: gs.Tensor, zero_point: gs.Tensor | None, axis: int = 0) -> gs.Tensor:
-    return dequantized(g, q, g.constant(np.float32(1)), zero_point, axis)

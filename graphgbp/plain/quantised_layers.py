@@ -7,7 +7,8 @@ import onnx_graphsurgeon as gs
 
 from graphgbp.emit import Emitter
 from graphgbp.forms import MICROSOFT, NotPlainError, attributes, plain
-from graphgbp.plain.quantised import channels_second, dequantized, quantized
+from graphgbp.plain.channels import channels_second
+from graphgbp.plain.quantised import dequantized, quantized
 
 _POOLING = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
 

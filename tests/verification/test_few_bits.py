@@ -221,9 +221,9 @@ def test_damage_is_found(what):
 
 def test_plain_nodes_that_compute_something_else_are_found(monkeypatch):
     """A sum that is too large by more than two steps, in the nodes that a quantised convolution is seen as."""
-    from graphgbp.plain import quantised
+    from graphgbp.plain import sums
 
-    right = quantised.convolution
-    monkeypatch.setattr(quantised, "convolution", lambda g, *args: g.add(right(g, *args), g.constant(np.float32(400))))
+    right = sums.convolution
+    monkeypatch.setattr(sums, "convolution", lambda g, *args: g.add(right(g, *args), g.constant(np.float32(400))))
     made = graphgbp.convert(qoperator(), "saliency")
     assert "plain nodes" in failures(made, "qoperator")

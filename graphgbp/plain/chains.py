@@ -1,0 +1,53 @@
+"""Nodes that make again what a gradient must not read from the model: dequantised tensors, sums, int8 activations."""
+
+from collections.abc import Collection
+
+import onnx_graphsurgeon as gs
+
+from graphgbp.emit import Emitter
+from graphgbp.plain.quantised import dequantized, quantized_in_plain_nodes
+from graphgbp.plain.sums import product
+
+
+class Chains:
+    """Follows the nodes of a model in order. `nodes` are those that it makes, `twins` the names of what they make by
+    those of the tensors that it is to be read for.
+
+    `there` are the tensors of the model, `copied` those inside what the runtime fuses, `signed` those to be quantised
+    again (`graphgbp.plain.units`).
+    """
+
+    def __init__(self, g: Emitter, there: Collection[str], copied: Collection[str], signed: Collection[str]) -> None:
+        self.nodes: list[gs.Node] = []
+        self.twins: dict[str, str] = {}
+        self._g, self._there, self._copied, self._signed = g, there, copied, signed
+        self._dequantisers: dict[str, gs.Node] = {}
+
+    def notice(self, node: gs.Node) -> None:
+        """See a node before it may be folded."""
+        if node.op == "DequantizeLinear":
+            self._dequantisers[node.outputs[0].name] = node
+
+    def follow(self, node: gs.Node) -> None:
+        """Make again what a node makes, if it is one of those."""
+        y = node.outputs[0] if node.outputs else None
+        if not isinstance(y, gs.Variable) or y.dtype is None or isinstance(y.dtype, int):
+            return
+        start = len(self._g.nodes)
+        with self._g.scope(y.name):
+            twin = self._again(node, y)
+            if twin is not None:
+                self.twins[y.name] = self._g.cast(twin, y.dtype).name
+        self.nodes += self._g.nodes[start:]
+
+    def _again(self, node: gs.Node, y: gs.Variable) -> gs.Tensor | None:
+        g, axis = self._g, node.attrs.get("axis", 1)
+        if node.op == "DequantizeLinear" and y.name in self._there:
+            q, scale, zero_point = (*node.inputs, None)[:3]
+            if node.attrs.get("block_size") or q.dtype is None or isinstance(q.dtype, int):
+                return None
+            return dequantized(g, q, scale, zero_point, axis)
+        if node.op == "QuantizeLinear" and y.name in self._signed:
+            x, scale, zero_point = node.inputs
+            return quantized_in_plain_nodes(g, x, scale, zero_point, axis)
+        return product(g, node, self._dequantisers) if y.name in self._copied else None
