@@ -117,7 +117,7 @@ def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto, copies: un
     outer, fixed, there = tensor_names(seen), fixed_names(model), tensor_names(model)
     waiting, done = deque(view.graph.nodes), []
     g, sizes = Emitter(view.graph, view.opset, RECOMPUTED), Sizes()
-    chains = Chains(g, there, copies.nodes, copies.quantised)
+    chains = Chains(view.graph, view.opset, there, copies)
     while waiting:
         node = waiting.popleft()
         branch = taken_branch(node, fixed)

@@ -193,3 +193,26 @@ def test_what_swallowed_no_relu_masks_nothing(case, kind, style, tmp_path):
     made = named(model(nodes, {"x": ["N", 3, 16, 16]}, ["z"], weights))
     found = graphgbp.convert(quantised(made, tmp_path, style, **KINDS[kind]), methods=["guided_backprop"])
     assert not read_manifest(found).rectifiers
+
+
+def test_a_quantised_tensor_that_is_read_in_both_ways():
+    """By a DequantizeLinear and by an integer operator behind it: both gradients arrive."""
+    nodes = [
+        "q = QuantizeLinear(x, s, z)",
+        "d = DequantizeLinear(q, s, z)",
+        "sum = com.microsoft.QLinearAdd(q, s, z, q, s, z, t, z)",
+        "e = DequantizeLinear(sum, t, z)",
+        "both = Add(d, e)",
+        "scores = Flatten(both)",
+    ]
+    constants = {"s": np.float32(0.05), "t": np.float32(0.06), "z": np.uint8(128)}
+    made = model(nodes, {"x": ["N", 2, 3, 3]}, ["scores"], constants)
+    x, targets = drawn(3, 2, 3, 3, scale=4.0), np.array([3, 0, 17])
+    x.reshape(3, -1)[range(3), targets] = 1, 5, 9
+    tensor = torch.from_numpy(x).requires_grad_()
+    d = torch.fake_quantize_per_tensor_affine(tensor, 0.05, 128, 0, 255)
+    e = torch.fake_quantize_per_tensor_affine(d + d, 0.06, 128, 0, 255)
+    (expected,) = torch.autograd.grad(scores(lambda x: (d + e).flatten(1), tensor, targets), tensor)
+    found = run(graphgbp.convert(made, "saliency"), {"x": x, "target": targets})["saliency"]
+    torch.testing.assert_close(torch.from_numpy(found), expected)
+    assert set(expected.unique().tolist()) == {0, 1, 3}, "one saturates in the first quantiser, one in the second"

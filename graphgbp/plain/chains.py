@@ -4,23 +4,26 @@ from collections.abc import Collection
 
 import onnx_graphsurgeon as gs
 
+from graphgbp.contract import RECOMPUTED
 from graphgbp.emit import Emitter
 from graphgbp.plain.quantised import dequantized, quantized_in_plain_nodes
 from graphgbp.plain.sums import product
+from graphgbp.plain.units import Copies
 
 
 class Chains:
     """Follows the nodes of a model in order. `nodes` are those that it makes, `twins` the names of what they make by
     those of the tensors that it is to be read for.
 
-    `there` are the tensors of the model, `copied` those inside what the runtime fuses, `signed` those to be quantised
-    again (`graphgbp.plain.units`).
+    `there` are the tensors of the model, `copies` those inside what the runtime fuses. Its nodes are no part of the
+    view, so no node there may read what they make: they have an Emitter of their own.
     """
 
-    def __init__(self, g: Emitter, there: Collection[str], copied: Collection[str], signed: Collection[str]) -> None:
+    def __init__(self, graph: gs.Graph, opset: int, there: Collection[str], copies: Copies) -> None:
         self.nodes: list[gs.Node] = []
         self.twins: dict[str, str] = {}
-        self._g, self._there, self._copied, self._signed = g, there, copied, signed
+        self._g, self._there = Emitter(graph, opset, f"{RECOMPUTED}/again"), there
+        self._copied, self._signed = copies.nodes, copies.quantised
         self._dequantisers: dict[str, gs.Node] = {}
 
     def notice(self, node: gs.Node) -> None:
