@@ -15,7 +15,7 @@ from graphgbp.sizes import Sizes
 
 
 def skeleton(model: onnx.ModelProto, limit: int = FOLD_LIMIT) -> onnx.ModelProto:
-    """The model with every large weight replaced by an input of its type: small, and of the same shapes."""
+    """The model with every large or sparse weight replaced by an input of its type: small, and of the same shapes."""
     small = onnx.ModelProto(ir_version=max(model.ir_version, 4), producer_name=model.producer_name)
     small.opset_import.extend(model.opset_import)
     small.functions.extend(model.functions)
@@ -24,10 +24,13 @@ def skeleton(model: onnx.ModelProto, limit: int = FOLD_LIMIT) -> onnx.ModelProto
     large = large_weights(model, limit)
     graph.node.extend(node for node in model.graph.node if large.keys().isdisjoint(node.output))
     graph.output.extend(model.graph.output)
-    initializers = {tensor.name for tensor in model.graph.initializer}
+    sparse = {scattered.values.name: scattered for scattered in model.graph.sparse_initializer}
+    initializers = {tensor.name for tensor in model.graph.initializer} | sparse.keys()
     graph.input.extend(value for value in model.graph.input if value.name not in initializers)
     for name, tensor in large.items():
         graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    for name, scattered in sparse.items():
+        graph.input.append(helper.make_tensor_value_info(name, scattered.values.data_type, scattered.dims))
     graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in large)
     return small
 

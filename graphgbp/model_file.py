@@ -14,14 +14,15 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
 from graphgbp.contract import MANIFEST_KEY, Manifest
-from graphgbp.errors import AlreadyConvertedError, ModelFileError, OutputError, RequestError
+from graphgbp.errors import AlreadyConvertedError, MissingWeightsError, ModelFileError, OutputError, RequestError
 from graphgbp.files import copy_whole, write_whole
-from graphgbp.weights import attributes, external_locations, locate, place, require_external_data
+from graphgbp.weights import attributes, external_locations, leads_out, locate, require_external_data
 
 PathLike = str | os.PathLike[str]
 Weights: TypeAlias = Literal["auto", "reference", "copy"]
 WEIGHTS: tuple[Weights, ...] = ("auto", "reference", "copy")
 
+_ORT_FORMAT = b"ORTM"
 _digests: dict[tuple[int, ...], str] = {}
 _SETTLED = 2_000_000_000  # nanoseconds: longer than any file system's clock takes for a tick
 
@@ -36,6 +37,12 @@ def load(path: PathLike) -> onnx.ModelProto:
     model = onnx.ModelProto()
     try:
         with _mapped(path) as content:
+            if bytes(content[4:8]) == _ORT_FORMAT:
+                raise ModelFileError(
+                    f"'{path}' is in ONNX Runtime's own format, which holds no ONNX model; convert the .onnx file that "
+                    "it was made from, or let ONNX Runtime save it as one (SessionOptions.optimized_model_filepath = "
+                    "'model.onnx')"
+                )
             model.ParseFromString(content)  # type: ignore[arg-type]  # it takes any bytes
     except FileNotFoundError:
         raise ModelFileError(f"no file '{path}'; check the path") from None
@@ -154,16 +161,24 @@ def save(
     if weights not in WEIGHTS:
         raise RequestError(f"weights={weights!r} is unknown; choose {describe(WEIGHTS)}")
     if external_locations(model):
-        _bring_weights(model, path, path.parent if weights_from is None else Path(weights_from), weights)
+        folder = path.parent if weights_from is None else Path(weights_from)
+        try:
+            require_external_data(model, folder)
+        except MissingWeightsError as error:
+            hint = "" if weights_from else "; or pass weights_from=<the folder of the model's source>"
+            raise MissingWeightsError(f"{error}{hint}") from None
+        _refuse_other_weights(model, folder)
+        _bring_weights(model, path, folder, weights)
     write_whole(path, model.SerializeToString(deterministic=True))
 
 
 def _bring_weights(model: onnx.ModelProto, path: Path, folder: Path, weights: Weights) -> None:
     """See that the files of weights are beside the new one."""
-    require_external_data(model, folder)
-    _refuse_other_weights(model, folder)
-    for location in external_locations(model):
-        source, wanted = folder / location, place(path.parent, location)
+    locations = external_locations(model)
+    for location in locations:
+        _refuse_unfit_place(path, location, folder)
+    for location in locations:
+        source, wanted = folder / location, path.parent / location
         if wanted.exists() and wanted.samefile(source):
             if weights == "copy":
                 raise RequestError(
@@ -182,6 +197,21 @@ def _bring_weights(model: onnx.ModelProto, path: Path, folder: Path, weights: We
                 f"'{wanted}' is there already and holds something else than the model's weights '{source}'; move it "
                 "away or write to another folder"
             )
+
+
+def _refuse_unfit_place(path: Path, location: str, folder: Path) -> None:
+    """The new model is none of its files of weights, and finds them in its own folder."""
+    wanted = path.parent / location
+    for file in (wanted, folder / location):
+        if path.resolve() == file.resolve() or (path.exists() and file.exists() and path.samefile(file)):
+            raise OutputError(
+                f"'{path}' is where weights of the model belong ('{file}'); write to a file of another name"
+            )
+    if leads_out(path.parent, location):
+        raise OutputError(
+            f"the model's weights belong in '{wanted}', and a link there leads out of '{path.parent}', where ONNX "
+            "Runtime does not load them; remove the link or write to another folder"
+        )
 
 
 def _refuse_other_weights(model: onnx.ModelProto, folder: Path) -> None:

@@ -27,7 +27,7 @@ from graphgbp.equivalence import Feeds, RunError, difference, one_line, run, run
 from graphgbp.errors import OpsetError
 from graphgbp.functions import spell_out_defaults
 from graphgbp.inference import large_weights, skeleton
-from graphgbp.weights import read_in, values
+from graphgbp.weights import dense, read_in, values
 
 RAISED_TO = 16
 TOLERANCE = 1e-5  # relative to the output's largest value
@@ -77,11 +77,13 @@ def raise_opset(
 
 
 def _without_weights(model: onnx.ModelProto, folder: Path | None) -> tuple[onnx.ModelProto, Feeds]:
-    """The model with its large weights as inputs, and those weights: no copy of them, no 2 GB limit."""
+    """The model with its large and sparse weights as inputs, and those weights: no copy of them, no 2 GB limit."""
     bare = skeleton(model)
     for tensor in filter(uses_external_data, bare.graph.initializer):
         read_in(tensor, folder)
-    return bare, {name: values(tensor, folder) for name, tensor in large_weights(model).items()}
+    weights = {name: values(tensor, folder) for name, tensor in large_weights(model).items()}
+    weights.update((tensor.values.name, dense(tensor, folder)) for tensor in model.graph.sparse_initializer)
+    return bare, weights
 
 
 def _prepared(model: onnx.ModelProto, source: int) -> onnx.ModelProto:

@@ -32,7 +32,7 @@ from graphgbp.plain.chains import Chains
 from graphgbp.sizes import Sizes
 from graphgbp.stored import show_as_float32
 from graphgbp.view import View
-from graphgbp.weights import read_weights_from, type_bfloat16, with_small_weights
+from graphgbp.weights import read_weights_from, type_bfloat16, with_dense_constants, with_small_weights
 
 READ_AS = {"CastLike": "Cast"}
 """Operators that the view shows as another one."""
@@ -53,7 +53,7 @@ def prepare(model: onnx.ModelProto, folder: Path | None = None) -> View:
 
 def flatten(model: onnx.ModelProto, folder: Path | None = None) -> View:
     """The reading view before anything is shown as float32: its nodes compute what the model computes."""
-    model = with_readable_text(with_small_weights(model, folder, FOLD_LIMIT))
+    model = with_dense_constants(with_readable_text(with_small_weights(model, folder, FOLD_LIMIT)), folder)
     seen, calls = see_through_functions(model)
     with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns of what is no tensor
         graph = gs.import_onnx(seen)

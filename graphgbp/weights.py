@@ -7,14 +7,14 @@ ONNX Runtime loads no such file, and a model from elsewhere could name any file 
 import os
 from collections.abc import Iterable, Iterator
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from graphgbp.errors import MissingWeightsError, ModelFileError
 
@@ -87,26 +87,49 @@ def external_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
 
 
 def external_locations(model: onnx.ModelProto) -> list[str]:
-    """The files, relative to the model's folder, that hold its weights; in order of first use."""
-    return list(dict.fromkeys(_location(tensor) for tensor in external_tensors(model)))
+    """The files, relative to the model's folder, that hold its weights; in order of first use, each in one spelling."""
+    found: dict[PurePath, str] = {}
+    for tensor in external_tensors(model):
+        location = _location(tensor)
+        found.setdefault(PurePath(location), location)
+    return list(found.values())
 
 
 def _location(tensor: onnx.TensorProto) -> str:
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if len(entries) < len(tensor.external_data):
+        raise ModelFileError(
+            f"weight '{tensor.name}' says more than once where it lies ({', '.join(entries)}), and ONNX Runtime loads "
+            "no such model; export it again"
+        )
+    return entries.get("location", "")
+
+
+def leads_out(folder: Path, location: str) -> bool:
+    """Whether a location is outside the folder: by its words, or by a symbolic link."""
+    return os.path.isabs(location) or not (folder / location).resolve().is_relative_to(folder.resolve())
 
 
 def place(folder: Path, location: str) -> Path:
     """The path of a file of weights, which need not exist.
 
-    Raises ModelFileError where the location is absolute or leads out of the folder, by `..` or by a symbolic link.
+    Raises ModelFileError where the location is absolute or leads out of the folder, by `..` or by a symbolic link, or
+    is no path at all.
     """
     path = folder / location
-    if os.path.isabs(location) or not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in location:
+        raise ModelFileError(f"the model keeps weights in {location!r}, which no file can be named; export it again")
+    if not leads_out(folder, location):
+        return path
+    if os.path.isabs(location) or os.path.normpath(location).startswith(os.pardir):
         raise ModelFileError(
             f"the model keeps weights in '{location}', which leads out of its folder '{folder}', and no such file is "
-            "read; put model and weights into one folder (cp -L follows links) and save the model with that location"
+            "read; put model and weights into one folder and save the model with that location"
         )
-    return path
+    raise ModelFileError(
+        f"'{path}', where the model keeps weights, is a link that leads out of its folder '{folder}', and ONNX Runtime "
+        "would load no file that is written there; copy the folder with its links followed (cp -rL), and use the copy"
+    )
 
 
 def locate(folder: Path, location: str) -> Path:
@@ -220,14 +243,48 @@ def read_in(tensor: onnx.TensorProto, folder: Path | None) -> None:
     tensor.name = name
 
 
+def dense(sparse: onnx.SparseTensorProto, folder: Path | None) -> np.ndarray:
+    """The values of a sparse tensor in their places, zero elsewhere; raises as `values`, and ModelFileError.
+
+    Its indices, of shape [count] or [count, rank], count through the tensor or along each of its axes.
+    """
+    stored, indices, shape = values(sparse.values, folder), values(sparse.indices, folder), tuple(sparse.dims)
+    limits = np.asarray(shape if indices.ndim == 2 else prod(shape))
+    fits = len(indices) == stored.size and indices.shape[1:] in ((), (len(shape),))
+    if not fits or (indices < 0).any() or (indices >= limits).any():
+        raise ModelFileError(
+            f"the indices of sparse weight '{sparse.values.name}' do not fit its shape {list(shape)}; export the model "
+            "again"
+        )
+    found = np.zeros(shape, stored.dtype)
+    places = tuple(indices.T) if indices.ndim == 2 else np.unravel_index(indices, shape)
+    found[places] = stored.reshape(-1)
+    return found
+
+
+def with_dense_constants(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
+    """The model with sparse Constant nodes made dense ones; itself where it has none. Raises as `dense`."""
+    if not any(attribute.name == "sparse_value" for attribute in attributes(model)):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for attribute in attributes(copy):
+        if attribute.name == "sparse_value" and attribute.HasField("sparse_tensor"):
+            value = numpy_helper.from_array(dense(attribute.sparse_tensor, folder))
+            attribute.CopyFrom(helper.make_attribute("value", value))
+    return copy
+
+
 class _Values(LazyValues):
     """The values of a weight when they are asked for: mapped from the model's folder, or a view of the model's own."""
 
-    def __init__(self, tensor: onnx.TensorProto, folder: Path | None) -> None:
+    def __init__(self, tensor: onnx.TensorProto | onnx.SparseTensorProto, folder: Path | None) -> None:
         super().__init__(tensor)
         self._folder = folder
 
     def load(self) -> np.ndarray:
+        if isinstance(self.tensor, onnx.SparseTensorProto):
+            return dense(self.tensor, self._folder)
         return values(self.tensor, self._folder)
 
 
@@ -237,7 +294,7 @@ def read_weights_from(folder: Path | None, graph: gs.Graph) -> None:
         for held in (*node.inputs, *node.attrs.values()):
             if isinstance(held, gs.Graph):
                 read_weights_from(folder, held)
-            elif isinstance(held, gs.Constant) and type(held._values) is LazyValues:
+            elif isinstance(held, gs.Constant) and type(held._values) in (LazyValues, SparseValues):
                 held._values = _Values(held._values.tensor, folder)
 
 

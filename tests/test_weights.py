@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 from google.protobuf.message import Message
 from onnx import TensorProto, helper, numpy_helper
 
@@ -146,7 +148,7 @@ def test_a_location_that_leaves_the_folder_is_refused_everywhere(tmp_path, holde
     path = written(made, home)
     for use in (graphgbp.inspect, graphgbp.convert, graphgbp.vjp, graphgbp.Explainer):
         with pytest.raises(
-            ModelFileError, match=r"leads out of its folder.*put model and weights into one folder"
+            ModelFileError, match=r"leads out of its folder.*(put model and weights into one folder|cp -rL)"
         ) as e:
             use(path)
         assert location in str(e.value)
@@ -164,9 +166,74 @@ def test_saving_writes_nothing_outside_the_folder(tmp_path):
     values = drawn(4)
     (home / "sub" / "w.bin").write_bytes(values.tobytes())
     made = adding(external(values, location="sub/w.bin"))
-    with pytest.raises(ModelFileError, match="leads out of its folder"):
+    with pytest.raises(
+        graphgbp.OutputError, match=f"belong in '{new}/sub/w.bin', and a link there leads out of '{new}'"
+    ):
         graphgbp.save(made, new / "m.onnx", weights_from=home)
     assert not (tmp_path / "w.bin").exists()
+
+
+@pytest.mark.parametrize("out", [DATA, "real.bin", "link.bin", f"linked/{DATA}"])
+def test_the_new_file_never_takes_the_place_of_weights(tmp_path, source, converted, out):
+    """Neither in the folder of the source nor where they would be copied to, by whatever name."""
+    content = (source.parent / DATA).read_bytes()
+    (source.parent / DATA).rename(source.parent / "real.bin")
+    (source.parent / DATA).symlink_to("real.bin")
+    (source.parent / "link.bin").symlink_to(DATA)
+    (source.parent / "linked").symlink_to(source.parent)
+    with pytest.raises(graphgbp.OutputError, match=r"is where weights of the model belong.*another name"):
+        graphgbp.save(converted, source.parent / out)
+    assert (source.parent / DATA).read_bytes() == content
+    (tmp_path / "new").mkdir()
+    with pytest.raises(graphgbp.OutputError, match="is where weights of the model belong"):
+        graphgbp.save(converted, tmp_path / "new" / DATA, weights_from=source.parent)
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "hard.bin").hardlink_to(source.parent / "real.bin")
+    with pytest.raises(graphgbp.OutputError, match="is where weights of the model belong"):
+        graphgbp.save(converted, tmp_path / "hard.bin", weights_from=source.parent)
+
+
+def test_what_onnx_runtime_would_refuse_is_refused(tmp_path):
+    twice = external(drawn(4))
+    twice.external_data.add(key="location", value=DATA)
+    for tensor, says in ((twice, "more than once where it lies"), (external(drawn(4), location="w\0.bin"), "no file")):
+        path = written(adding(tensor), tmp_path)
+        (tmp_path / DATA).write_bytes(drawn(4).tobytes())
+        with pytest.raises(ModelFileError, match=says):
+            graphgbp.inspect(path)
+        with pytest.raises(Exception, match="FAIL"):
+            onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_a_file_in_two_spellings_is_one_file(tmp_path):
+    made = small_cnn()
+    onnx.save(made, tmp_path / "model.onnx", save_as_external_data=True, location=DATA, size_threshold=0)
+    made = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    for entry in made.graph.initializer[0].external_data:
+        entry.value = f"./{DATA}" if entry.key == "location" else entry.value
+    found = graphgbp.inspect(written(made, tmp_path))
+    assert found.weights["external"] == {f"./{DATA}": (tmp_path / DATA).stat().st_size}
+
+
+def test_a_hub_keeps_weights_elsewhere(tmp_path):
+    """Model and weights are links into a third folder, where the weights have another name."""
+    path = external_cnn(tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.onnx").symlink_to(path)
+    (tmp_path / "blobs" / DATA).rename(tmp_path / "blobs" / "0a1b")
+    (tmp_path / "snapshot" / DATA).symlink_to(tmp_path / "blobs" / "0a1b")
+    with pytest.raises(ModelFileError, match=r"is a link that leads out of its folder.*cp -rL"):
+        graphgbp.convert(tmp_path / "snapshot" / "model.onnx")
+    shutil.copytree(tmp_path / "snapshot", tmp_path / "copy")
+    graphgbp.save(graphgbp.convert(tmp_path / "copy" / "model.onnx"), tmp_path / "copy" / "out.onnx")
+
+
+def test_onnx_runtimes_own_format_is_named(tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "model.ort")
+    onnxruntime.InferenceSession(small_cnn().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(ModelFileError, match=r"in ONNX Runtime's own format.*optimized_model_filepath"):
+        graphgbp.inspect(tmp_path / "model.ort")
 
 
 def test_links_inside_the_folder_are_followed(tmp_path):
@@ -239,6 +306,76 @@ def test_values_are_mapped_and_not_read(tmp_path):
         file.write(np.full(4, 7, np.float32).tobytes())
     assert (found == 7).all()
     np.testing.assert_array_equal(weights.values(external(drawn(0)), tmp_path), drawn(0))
+
+
+def scattered(kind: type, *, raw: bool, pairs: bool) -> tuple[onnx.SparseTensorProto, np.ndarray]:
+    """A sparse weight 'w' of shape [4, 3], and its values."""
+    full = np.zeros((4, 3), kind)
+    places = np.array([0, 4, 11])
+    full.flat[places] = [0.5, -2, 3]
+    indices = np.argwhere(full) if pairs else places
+    tensors = [
+        numpy_helper.from_array(values, name)
+        if raw
+        else helper.make_tensor(name, helper.np_dtype_to_tensor_dtype(values.dtype), values.shape, values.ravel())
+        for name, values in (("w", full.flat[places]), ("indices", indices))
+    ]
+    return helper.make_sparse_tensor(*tensors, full.shape), full
+
+
+@pytest.mark.parametrize(("kind", "opset"), [(np.float32, 18), (np.float64, 18), (np.float32, 12)])
+@pytest.mark.parametrize(("raw", "pairs"), [(True, False), (True, True), (False, False), (False, True)])
+@pytest.mark.parametrize("outside", [False, True])
+def test_sparse_weights(tmp_path, kind, raw, pairs, outside, opset):
+    """Of a MatMul and of a PRelu, which would be a ReLU if its slopes were read as zeros."""
+    elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    held, full = scattered(kind, raw=raw, pairs=pairs)
+    slopes = numpy_helper.from_array(np.full(3, 0.5, kind), "slopes")
+    made = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("PRelu", ["m", "slopes"], ["y"])],
+            "sparse",
+            [helper.make_tensor_value_info("x", elem_type, ["N", 4])],
+            [helper.make_tensor_value_info("y", elem_type, ["N", 3])],
+            sparse_initializer=[held, helper.make_sparse_tensor(slopes, numpy_helper.from_array(np.arange(3)), [3])],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8,
+    )
+    if outside:
+        held.values.CopyFrom(external(full[full != 0]))
+        made.graph.sparse_initializer[0].CopyFrom(held)
+        (tmp_path / DATA).write_bytes(full[full != 0].tobytes())
+    path = written(made, tmp_path)
+    assert not graphgbp.inspect(path).rectifiers
+    graphgbp.save(graphgbp.vjp(path), tmp_path / "out.onnx")
+    x, dy = drawn(2, 4).astype(kind), drawn(2, 3, seed=5).astype(kind)
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    found = dict(zip(["y", "x_grad"], session.run(["y", "x_grad"], {"x": x, "y_grad": dy}), strict=True))
+    product = torch.tensor(x, requires_grad=True)
+    y = torch.nn.functional.prelu(product @ torch.tensor(full), torch.full((3,), 0.5, dtype=product.dtype))
+    y.backward(torch.tensor(dy))
+    np.testing.assert_allclose(found["y"], y.detach(), rtol=1e-5)
+    np.testing.assert_allclose(found["x_grad"], product.grad, rtol=1e-5)
+
+
+@pytest.mark.parametrize("indices", [[0, 4, 12], [0, -1, 4], [0, 4], [[0, 0], [1, 1], [3, 3]], [[0], [4], [11]]])
+def test_indices_that_do_not_fit_are_refused(indices):
+    held, _ = scattered(np.float32, raw=True, pairs=False)
+    held.indices.CopyFrom(numpy_helper.from_array(np.array(indices), "indices"))
+    with pytest.raises(ModelFileError, match="indices of sparse weight 'w' do not fit its shape"):
+        weights.dense(held, None)
+
+
+def test_a_sparse_constant_is_known():
+    """The zeros that make a Max a rectifier."""
+    zero = helper.make_sparse_tensor(
+        numpy_helper.from_array(np.zeros(1, np.float32), "v"), numpy_helper.from_array(np.array([0])), [1]
+    )
+    made = model(["m = Max(x, w)", "y = GlobalAveragePool(m)"], {"x": ("N", 3, 8, 8), "w": (1,)}, ["y"])
+    del made.graph.input[1]
+    made.graph.node.insert(0, helper.make_node("Constant", [], ["w"], sparse_value=zero))
+    assert [entry["clothing"] for entry in graphgbp.inspect(made).rectifiers] == ["Max(x, 0)"]
 
 
 def test_a_constant_is_read_from_the_models_folder(tmp_path, monkeypatch):
@@ -341,7 +478,7 @@ def test_what_cannot_be_had_is_refused(tmp_path, source, converted):
         graphgbp.save(converted, source.with_name("out.onnx"), weights_from=source.parent, weights="copy")
     with pytest.raises(graphgbp.RequestError, match="choose 'auto', 'reference', 'copy'"):
         graphgbp.save(converted, new / "out.onnx", weights="link")
-    with pytest.raises(MissingWeightsError, match="is not in"):
+    with pytest.raises(MissingWeightsError, match=r"is not in.*pass weights_from="):
         graphgbp.save(converted, new / "out.onnx")
     assert not list(new.iterdir()) and not source.with_name("out.onnx").exists()
     for tensor in converted.graph.initializer:

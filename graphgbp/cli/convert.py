@@ -67,8 +67,9 @@ def convert(model: str, out: str, methods: tuple[str, ...], force: bool, as_json
     assert manifest is not None
     facts = asdict(manifest)
     sizes = {"model_bytes": Path(model).stat().st_size, "out_bytes": Path(out).stat().st_size}
-    files = {location: Path(out).with_name(location).stat().st_size for location in external_locations(converted)}
-    copied = bool(files) and not Path(out).parent.samefile(Path(model).parent)
+    folder = Path(out).parent
+    files = {location: (folder / location).stat().st_size for location in external_locations(converted)}
+    copied = bool(files) and not folder.samefile(Path(model).parent)
     weights = {"files": files, "copied": copied}
     if as_json:
         console.print_json({"model": model, "out": out, **sizes, "weights": weights, "manifest": facts})

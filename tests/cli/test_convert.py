@@ -130,6 +130,27 @@ def test_external_weights_are_read_where_they_lie_or_copied(run, folder, externa
     refused(run("convert", "model.onnx", "-o", "there/o.onnx"), 8, "holds something else")
 
 
+def test_the_output_never_takes_the_place_of_weights(run, folder, external):
+    for out in ("model.data", "there/model.data"):
+        refused(run("convert", "model.onnx", "-o", out, "--force"), 8, f"'{out}' is where weights of the model belong")
+    assert (folder / "model.data").read_bytes() == external and not list((folder / "there").iterdir())
+
+
+@pytest.mark.parametrize("location", ["sub/model.data", "sub/../model.data"])
+def test_external_weights_in_a_folder_below(run, folder, external, location):
+    (folder / "sub").mkdir()
+    (folder / "model.data").rename(folder / location)
+    made = onnx.load("model.onnx", load_external_data=False)
+    for tensor in made.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = location if entry.key == "location" else entry.value
+    (folder / "model.onnx").write_bytes(made.SerializeToString())
+    for out, copied in (("out.onnx", False), ("there/out.onnx", True)):
+        document = json.loads(run("convert", "model.onnx", "-o", out, "--json").stdout)
+        assert document["weights"] == {"files": {location: len(external)}, "copied": copied}
+        assert run("verify", out, "--source", "model.onnx").exit_code == 0
+
+
 def test_weights_in_the_model_itself_come_along(run, folder):
     (folder / "there").mkdir()
     for choice in ("reference", "copy", "auto"):
