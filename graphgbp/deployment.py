@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphgbp.contract import RECOMPUTED
 from graphgbp.model_file import tensor_names
+from graphgbp.plain.chains import AGAIN
+from graphgbp.plain.units import copy_of
 from graphgbp.stored import is_quantised
 from graphgbp.view import View
 
@@ -88,13 +89,13 @@ def _weights(node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto]) -> I
 def _recomputed(view: View) -> dict[str, int]:
     """How many nodes a gradient that needs them computes again, by what they belong to."""
     formed = {y.name for node in view.graph.nodes if id(node) in view.standing_for for y in node.outputs}
-    return _counted(_belongs_to(node, view, formed) for node in view.recomputed)
+    again = {*view.twins.values(), *map(copy_of, view.twins)}
+    return _counted(_belongs_to(node, formed, again) for node in view.recomputed)
 
 
-def _belongs_to(node: onnx.NodeProto, view: View, formed: Collection[str]) -> str:
+def _belongs_to(node: onnx.NodeProto, formed: Collection[str], again: Collection[str]) -> str:
     if not set(node.output).isdisjoint(formed):
         return "fused or quantised nodes"
-    paths = [name.removeprefix(f"{RECOMPUTED}/") for name in node.output]
-    if any(path in view.twins or path.rpartition("/")[0] in view.twins for path in paths):
+    if any(name in again or name.startswith(f"{AGAIN}/") for name in node.output):
         return "integer units"
     return "functions and branches"

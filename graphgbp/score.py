@@ -1,8 +1,9 @@
 """What is explained: the tensor z of scores, found from a model's outputs.
 
 From an output the search goes back over post-processing (ArgMax, TopK, ZipMap, NonMaxSuppression) to the scores it
-reads, then over Identity, Cast, Reshape and the like to a final Softmax, LogSoftmax or Sigmoid, whose input z is. One
-score for two classes counts as z for class 1 and as -z for class 0; where a probability is explained, as p and 1 - p.
+reads, then over Identity, Cast, Reshape and the like to a final Softmax, LogSoftmax or Sigmoid, whose input z is. Of a
+quantised z it takes what the quantiser rounds. One score for two classes counts as z for class 1 and as -z for class 0;
+where a probability is explained, as p and 1 - p.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +16,7 @@ from graphgbp.errors import ModelFileError, RequestError, UnsupportedError
 from graphgbp.features import find_features
 from graphgbp.nodes import label
 from graphgbp.shapes import Dim
+from graphgbp.stored import before_quantiser
 from graphgbp.view import View
 
 SCORES = ("auto", "pre_softmax", "probability")
@@ -125,14 +127,23 @@ def find_score(
                 "LogSoftmax or Sigmoid; leave score out"
             )
         reason = f"{behind}output '{chosen.name}'{choice}, has no final activation"
-        return _with_class_axis(view, Score(scores, chosen.name, None, None, False, reason), axes, class_axis)
+        found = _unquantised(view, Score(scores, chosen.name, None, None, False, reason))
+        return _with_class_axis(view, found, axes, class_axis)
     after = kind == "probability"
     tensor = activation.outputs[0] if after else activation.inputs[0]
     side = "after" if after else "before"
     reason = f"{side} {activation.op} '{label(activation)}', which makes {behind}output '{chosen.name}'{choice}"
     axis = activation.attrs["axis"] if activation.op != "Sigmoid" else None
-    found = Score(tensor, chosen.name, activation.op, axis, False, reason, after)
+    found = _unquantised(view, Score(tensor, chosen.name, activation.op, axis, False, reason, after))
     return _with_class_axis(view, found, axes, class_axis)
+
+
+def _unquantised(view: View, score: Score) -> Score:
+    """The score before its own quantiser, which cuts off the highest: there its gradient would be zero."""
+    tensor = before_quantiser(score.tensor, view.stored)
+    if tensor is score.tensor:
+        return score
+    return replace(score, tensor=tensor, reason=f"{score.reason}; before its quantiser")
 
 
 def whole_output(view: View, reached: Collection[str], output: str | None = None) -> Score:

@@ -118,3 +118,14 @@ def real_of(x: gs.Tensor, stored: Stored) -> gs.Tensor | None:
             if node.op in ("Cast", "Sub"):
                 waiting.append(node.outputs[0])
     return None
+
+
+def before_quantiser(x: gs.Tensor, stored: Stored) -> gs.Tensor:
+    """What a quantiser rounds to make what x stands for; x itself where it is no dequantised tensor."""
+    found = x
+    while found.inputs and found.inputs[0].op in ("DequantizeLinear", "Mul", "Sub", "Cast"):
+        found = found.inputs[0].inputs[0]
+        if found.name in stored and stored[found.name].kind in "iu":
+            quantiser = found.inputs[0] if found.inputs else None
+            return quantiser.inputs[0] if quantiser is not None and quantiser.op == "QuantizeLinear" else x
+    return x

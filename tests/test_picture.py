@@ -1,7 +1,6 @@
 """Results on disk: panels, arrays, the index; all or nothing."""
 
 import errno
-import io
 import json
 import os
 import sys
@@ -210,15 +209,15 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, result, monkeypatch, 
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    class FullFile(io.FileIO):
-        def write(self, content):
-            super().write(bytes(content)[:100])
-            full()
+    def write_until_full(path, content):
+        with path.open("wb") as file:
+            file.write(content[:100])
+        full()
 
     if step == "rename":
         monkeypatch.setattr("os.replace", full)
     else:
-        monkeypatch.setattr("os.fdopen", lambda handle, mode: FullFile(handle, mode))
+        monkeypatch.setattr("pathlib.Path.write_bytes", write_until_full)
     with pytest.raises(OutputError, match=r"cannot write '.*a.png': No space left on device"):
         picture.save_result(result, tmp_path, names=NAMES)
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,9 @@ from graphgbp.plain.quantised import dequantized, quantized_in_plain_nodes
 from graphgbp.plain.sums import product
 from graphgbp.plain.units import Copies
 
+AGAIN = f"{RECOMPUTED}/again"
+"""The scope of what they make."""
+
 
 class Chains:
     """Follows the nodes of a model in order. `nodes` are those that it makes, `twins` the names of what they make by
@@ -22,7 +25,7 @@ class Chains:
     def __init__(self, graph: gs.Graph, opset: int, there: Collection[str], copies: Copies) -> None:
         self.nodes: list[gs.Node] = []
         self.twins: dict[str, str] = {}
-        self._g, self._there = Emitter(graph, opset, f"{RECOMPUTED}/again"), there
+        self._g, self._there = Emitter(graph, opset, AGAIN), there
         self._copied, self._signed = copies.nodes, copies.quantised
         self._dequantisers: dict[str, gs.Node] = {}
 

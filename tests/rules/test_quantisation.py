@@ -67,3 +67,14 @@ def test_a_quantiser_to_float8_is_refused():
     with pytest.raises(graphgbp.UnsupportedOperatorError, match="float of 8 bits"):
         graphgbp.vjp(made)
     assert onnx.TensorProto.FLOAT8E4M3FN == 17
+
+
+def test_a_score_that_its_own_quantiser_cuts_off_still_has_a_gradient():
+    nodes = ["f = Flatten(x)", "r = MatMul(f, w)", "q = QuantizeLinear(r, s, z)", "y = DequantizeLinear(q, s, z)"]
+    w = normal(12, 3)
+    made = model(nodes, {"x": ["n", 3, 2, 2]}, ["y"], {"w": w, "s": np.float32(0.001), "z": np.uint8(100)})
+    x = normal(4, 3, 2, 2)
+    found = run(graphgbp.convert(made, ["saliency"]), {"x": x, "target": np.array([2])})
+    assert (np.abs(x.reshape(4, -1) @ w)[:, 2] > 0.16).any(), "else nothing is cut off"
+    np.testing.assert_allclose(found["saliency"], np.broadcast_to(w[:, 2].reshape(3, 2, 2), x.shape), rtol=1e-6)
+    np.testing.assert_allclose(found["target_score"], (x.reshape(4, -1) @ w)[:, 2], rtol=1e-5)
