@@ -4,10 +4,14 @@ A location is relative to the model's folder and may not lead out of it, neither
 ONNX Runtime loads no such file, and a model from elsewhere could name any file of this machine.
 """
 
+import mmap
 import os
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,6 +33,9 @@ _BITS = {
     if name in names
 }
 """The types of which several elements share a byte."""
+
+
+_LET_GO_EVERY = 0.003  # seconds, in which a runtime looks at some 50 MB
 
 
 # -- where they are ---------------------------------------------------------------------------------------------------
@@ -219,6 +226,40 @@ def values(tensor: onnx.TensorProto, folder: Path | None) -> np.ndarray:
         return numpy_helper.to_array(packed)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
     return np.require(np.asarray(stored).view(dtype), requirements="A").reshape(tuple(tensor.dims))
+
+
+@contextmanager
+def not_kept(arrays: Iterable[np.ndarray]) -> Iterator[None]:
+    """What is looked at of mapped weights meanwhile is let go again at once, and does not add up in memory.
+
+    The pages stay in the system's cache, from where they come back if they are looked at again. Without effect where
+    the system knows no MADV_DONTNEED (Windows).
+    """
+    mappings = list({id(found): found for array in arrays if (found := _mapping(array)) is not None}.values())
+    if not mappings or not hasattr(mmap, "MADV_DONTNEED"):
+        yield
+        return
+    done = threading.Event()
+
+    def let_go() -> None:
+        while not done.wait(_LET_GO_EVERY):
+            for mapping in mappings:
+                mapping.madvise(mmap.MADV_DONTNEED)
+
+    thread = threading.Thread(target=let_go, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _mapping(array: Any) -> mmap.mmap | None:
+    """The mapped file that an array is a view of; None for one with memory of its own."""
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)
+    return array
 
 
 def with_small_weights(model: onnx.ModelProto, folder: Path | None, limit: int) -> onnx.ModelProto:

@@ -25,7 +25,11 @@ import numpy as np
 import onnxruntime, onnx.reference, onnx.version_converter, onnx.inliner
 import graphgbp, graphgbp.conversion, graphgbp.inspection, graphgbp.jacobian
 source, out, room, weights = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
-data = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+
+def memory(kind):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
+
+data, resident = memory("VmData"), memory("VmRSS")
 resource.setrlimit(resource.RLIMIT_DATA, (data + room, data + room))
 try:
     np.ones(weights, np.uint8)
@@ -36,7 +40,8 @@ else:
 found = graphgbp.inspect(source)
 gradient = graphgbp.vjp(source)
 graphgbp.save(graphgbp.convert(source, ["guided_gradcam", "saliency"]), out)
-print(json.dumps({"weights": found.weights, "outputs": [y.name for y in gradient.graph.output]}))
+mapped = memory("VmHWM") - resident
+print(json.dumps({"weights": found.weights, "outputs": [y.name for y in gradient.graph.output], "mapped": mapped}))
 """
 
 
@@ -83,3 +88,4 @@ def test_conversion_takes_no_memory_for_the_weights(tmp_path, opset):
     assert found["weights"] == {"inline": 0, "external": {"weights.bin": (tmp_path / "weights.bin").stat().st_size}}
     assert found["outputs"] == ["y", "x_grad"]
     assert out.stat().st_size < 1e5
+    assert found["mapped"] < 0.8 * WEIGHTS, "nor for their pages"

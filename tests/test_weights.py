@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -306,6 +308,28 @@ def test_values_are_mapped_and_not_read(tmp_path):
         file.write(np.full(4, 7, np.float32).tobytes())
     assert (found == 7).all()
     np.testing.assert_array_equal(weights.values(external(drawn(0)), tmp_path), drawn(0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mapped_pages_are_let_go(tmp_path):
+    """While inside, and only then; the values stay what they are."""
+
+    def mapped() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+
+    size = 2**26
+    with (tmp_path / DATA).open("wb") as file:
+        file.truncate(size)
+    found = weights.values(external(np.broadcast_to(np.float32(0), size // 4), length=size), tmp_path)
+    assert found.sum() == 0
+    kept = mapped()
+    with weights.not_kept([found, drawn(4)]):
+        limit = time.monotonic() + 20
+        while mapped() > kept - size * 3 // 4 and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert mapped() < kept - size * 3 // 4
+    assert found.sum() == 0 and mapped() > kept - size // 4
 
 
 def scattered(kind: type, *, raw: bool, pairs: bool) -> tuple[onnx.SparseTensorProto, np.ndarray]:
