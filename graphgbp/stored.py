@@ -18,6 +18,7 @@ Stored = dict[str, np.dtype[Any]]
 
 _SMALL = 1024  # a smaller constant is written as float32, a larger one is cast
 _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
+_ZERO_POINT = 2  # their input that tells the type
 
 
 def show_as_float32(graph: gs.Graph, opsets: Mapping[str, int], formed: Collection[str]) -> Stored:
@@ -35,7 +36,7 @@ def show_as_float32(graph: gs.Graph, opsets: Mapping[str, int], formed: Collecti
     twins = {key: _in_float32(x) for key, x in shown.items() if isinstance(x, gs.Constant)}
     for node in graph.nodes if twins else []:
         for index, x in enumerate(node.inputs):
-            if id(x) in twins:
+            if id(x) in twins and not (node.op in _QUANTISERS and index == _ZERO_POINT):
                 node.inputs[index] = twins[id(x)]
     stored: Stored = {}
     for x in shown.values():

@@ -23,6 +23,9 @@ _SCALE_AT = {  # which input of a node is the scale of what it makes; the zero p
     "QGemm": 7,
     **dict.fromkeys(("QLinearConv", "QLinearAdd", "QLinearMul", "QLinearMatMul"), 6),
     **dict.fromkeys(("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu"), 3),
+    "QLinearSoftmax": 3,
+    "QLinearWhere": 7,
+    "QLinearReduceMean": 3,
 }
 
 
@@ -36,15 +39,14 @@ class FakeQuantised(nn.Module):
     def __init__(self, model: onnx.ModelProto, quantised: onnx.ModelProto) -> None:
         super().__init__()
         self.graph, self.file = model.graph, quantised.graph
+        self.given = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         self.numbers = {t.name: numpy_helper.to_array(t) for t in quantised.graph.initializer}
         self.quantisers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.stored: dict[str, str] = {}
         self._find_quantisers()
         self._follow_swallowed()
-        self.weights = {t.name: self._weight(t.name, numpy_helper.to_array(t)) for t in model.graph.initializer}
-        rectifiers = {
-            str(i): _RECTIFIERS[n.op_type]() for i, n in enumerate(self.graph.node) if n.op_type in _RECTIFIERS
-        }
+        self.weights = {name: self._weight(name, value) for name, value in self.given.items()}
+        rectifiers = {str(i): _RECTIFIERS[n.op_type]() for i, n in enumerate(self.graph.node) if self._rectifies(n)}
         self.rectifiers = nn.ModuleDict(rectifiers)
         self.deployed: Mapping[str, np.ndarray] = {}
         self.steps: dict[str, float] = {}
@@ -57,6 +59,9 @@ class FakeQuantised(nn.Module):
                 name, first = node.output[0].removesuffix(suffix), _SCALE_AT[node.op_type]
                 self.quantisers[name] = (self.numbers[node.input[first]], self.numbers[node.input[first + 1]])
                 self.stored[name] = node.output[0]
+
+    def _rectifies(self, node: onnx.NodeProto) -> bool:
+        return node.op_type == "Relu" or (node.op_type == "Clip" and not self.given[node.input[1]].any())
 
     def _follow_swallowed(self) -> None:
         """What quantises a convolution whose ReLU the file has not stands behind the ReLU."""
@@ -77,9 +82,14 @@ class FakeQuantised(nn.Module):
             reader = next(node for node in self.file.node if f"{name}_quantized" in node.input)
             scale = self.numbers[reader.input[1]] * self.numbers[reader.input[4]]
         zero = self.numbers.get(f"{name}_zero_point", np.zeros((), q.dtype))
-        by_axis = (-1, *[1] * (q.ndim - 1))
+        by_axis = [-1 if axis == self._axis(f"{name}_quantized") else 1 for axis in range(q.ndim)]
         scale, zero = (v.reshape(by_axis if v.size > 1 else ()) for v in (scale, zero))
         return torch.from_numpy(np.asarray((q.astype(np.float64) - zero) * scale.astype(np.float64)))
+
+    def _axis(self, q: str) -> int:
+        """Along which a weight has its scales: as its DequantizeLinear says, the first for an integer operator's."""
+        reader = next(node for node in self.file.node if q in node.input)
+        return next((a.i for a in reader.attribute if a.name == "axis" and reader.op_type == "DequantizeLinear"), 0)
 
     def _as_stored(self, name: str, x: Tensor) -> Tensor:
         if name not in self.quantisers:
@@ -95,18 +105,22 @@ class FakeQuantised(nn.Module):
             y = y + (told - y).detach()
         return y
 
+    def _read(self, node: onnx.NodeProto, values: Mapping[str, Tensor]) -> list[Tensor | None]:
+        return [values[name] if name else None for name in node.input]
+
     def forward(self, images: Tensor) -> Tensor:
         name = self.graph.input[0].name
         weights = {k: w.to(images.dtype) if w.is_floating_point() else w for k, w in self.weights.items()}
         values = {name: self._as_stored(name, images), **weights}
         for index, node in enumerate(self.graph.node):
-            inputs = [values[name] if name else None for name in node.input]
+            inputs = self._read(node, values)
             attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             if str(index) in self.rectifiers:
                 y = self.rectifiers[str(index)](_settled(inputs[0]))
             else:
                 y = OPERATORS[node.op_type](attributes, *inputs)
-            values[node.output[0]] = self._as_stored(node.output[0], y)
+            for name, made in zip(node.output, y if isinstance(y, tuple) else (y,), strict=True):
+                values[name] = self._as_stored(name, made)
         self.at_layer = values.get(self.layer or "")
         return values[self.graph.output[0].name]
 
@@ -145,7 +159,7 @@ def _reshape(attributes: Mapping[str, Any], x: Tensor, shape: Tensor) -> Tensor:
     return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(shape.tolist())])
 
 
-OPERATORS: dict[str, Callable[..., Tensor]] = {
+OPERATORS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Conv": _conv,
     "Gemm": _gemm,
     "MaxPool": _max_pool,
@@ -161,6 +175,24 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "LeakyRelu": lambda a, x: F.leaky_relu(x, a["alpha"]),
     "Sigmoid": lambda a, x: x.sigmoid(),
     "Identity": lambda a, x: x,
+    "Clip": lambda a, x, low, high: x.clamp(low, high),
+    "ConvTranspose": lambda a, x, w, b: F.conv_transpose2d(x, w, b, a["strides"]),
+    "DepthToSpace": lambda a, x: x.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3),
+    "Gather": lambda a, x, i: x.index_select(a["axis"], i),
+    "HardSigmoid": lambda a, x: (a["alpha"] * x + a["beta"]).clamp(0, 1),
+    "InstanceNormalization": lambda a, x, w, b: F.instance_norm(x, weight=w, bias=b),
+    "LayerNormalization": lambda a, x, w, b: F.layer_norm(x, (x.shape[-1],), w, b),
+    "MatMul": lambda a, x, y: x @ y,
+    "Pad": lambda a, x, p: F.pad(x, (p[3], p[7], p[2], p[6]), mode=a.get("mode", b"constant").decode()),
+    "Resize": lambda a, x, roi, s: F.interpolate(x, scale_factor=tuple(s.tolist()[2:]), mode="nearest"),
+    "Slice": lambda a, x, i, j, k: x[:, :, i[0] : j[0], i[1] : j[1]],
+    "Softmax": lambda a, x: x.softmax(a["axis"]),
+    "Split": lambda a, x, s: x.split(s.tolist(), a["axis"]),
+    "Squeeze": lambda a, x, i: x.squeeze(int(i)),
+    "Tanh": lambda a, x: x.tanh(),
+    "Transpose": lambda a, x: x.permute(*a["perm"]),
+    "Unsqueeze": lambda a, x, i: x.unsqueeze(int(i)),
+    "Where": lambda a, mask, x, y: torch.where(mask, x, y),
 }
 
 

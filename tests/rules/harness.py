@@ -63,9 +63,12 @@ def single_op(
     return model if op in NOT_INFERRED else onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
-def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], as_written: bool = False) -> dict[str, np.ndarray]:
+    """All outputs by name, as ONNX Runtime's CPU provider computes them; `as_written` without any optimisation."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, dict(feeds)), strict=True))
