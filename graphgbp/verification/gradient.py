@@ -18,6 +18,7 @@ from graphgbp.equivalence import Feeds, RunError, Session, outputs_of
 from graphgbp.errors import GraphgbpError
 from graphgbp.jacobian import append_vjp
 from graphgbp.model_file import read_manifest
+from graphgbp.prepare import prepare
 from graphgbp.verification.differences import (
     DOUBLE,
     FLOAT32,
@@ -65,7 +66,7 @@ class Claim:
 
     `moved` are tensors of `graph`, the original model, each with the tensor of `file` that carries dS/d it; `scored`
     the tensors that make S, each with its weights, or with the tensor of `file` that carries them. `feeds` are all
-    inputs of both.
+    inputs of both. `twins` are tensors of `graph` that `file` computes again, by the names of the copies.
     """
 
     words: str
@@ -74,6 +75,7 @@ class Claim:
     scored: Sequence[tuple[str, np.ndarray | str]]
     file: onnx.ModelProto
     feeds: Feeds
+    twins: Mapping[str, str]
 
 
 def check_gradients(subject: Subject) -> list[Check]:
@@ -124,18 +126,26 @@ def _input_claim(subject: Subject) -> Claim:
         moved = {role.removesuffix("_grad"): x for role, x in manifest.names.items() if x not in subject.targets}
         scored = [(y, subject.targets[name]) for y, name in subject.seeded.items()]
         words = f"of {len(scored)} outputs by {len(moved)} inputs"
-        return Claim(words, subject.graph, moved, scored, subject.file, feeds)
+        return Claim(words, subject.graph, moved, scored, subject.file, feeds, subject.view.twins)
     z, inputs = manifest.score["tensor"], [entry["name"] for entry in manifest.inputs]
-    graph = subject.graph
     if own := subject.gradients:
         held = contract.SALIENCY if contract.SALIENCY in manifest.methods else contract.INPUT_X_GRADIENT
-        return Claim(f"the file's {held.replace('_', ' ')}", graph, own, [(z, subject.w)], subject.file, feeds)
-    afresh = append_vjp(part_for(graph, [z]), {"source": {}}, subject.weights_folder, inputs, [z])
+        words = f"the file's {held.replace('_', ' ')}"
+        return Claim(words, subject.graph, own, [(z, subject.w)], subject.file, feeds, subject.view.twins)
+    return _claim_afresh(subject, z, inputs)
+
+
+def _claim_afresh(subject: Subject, z: str, inputs: Sequence[str]) -> Claim:
+    is_there = any(z in node.output for node in subject.whole_forward.graph.node)
+    part = part_for(subject.whole_forward if is_there else subject.graph, [z])
+    afresh = append_vjp(part, {"source": {}}, subject.weights_folder, inputs, [z])
     made = read_manifest(afresh)
     assert made is not None
     words = "the engine's gradient for this model (the file holds none by the input)"
     moved = {x: made.names[f"{x}_grad"] for x in inputs}
-    return Claim(words, graph, moved, [(z, subject.w)], afresh, {**feeds, made.names[f"{z}_grad"]: subject.w})
+    feeds = {**subject.point, **subject.targets, made.names[f"{z}_grad"]: subject.w}
+    file, twins = subject.beside_graph(afresh), prepare(part, subject.weights_folder).twins
+    return Claim(words, subject.graph, moved, [(z, subject.w)], file, feeds, twins)
 
 
 def _layer_claim(subject: Subject, layer: str, gradient: str) -> Claim:
@@ -143,17 +153,18 @@ def _layer_claim(subject: Subject, layer: str, gradient: str) -> Claim:
     z = subject.manifest.score["tensor"]
     feeds = {**subject.point, **subject.targets}
     words = f"'{gradient}' by '{layer}'"
-    return Claim(words, subject.graph, {layer: gradient}, [(z, subject.w)], subject.file, feeds)
+    return Claim(words, subject.graph, {layer: gradient}, [(z, subject.w)], subject.file, feeds, subject.view.twins)
 
 
 def _masked_claim(subject: Subject, policy: str, masks: Sequence[Mask]) -> Claim:
     """The network cut at its rectifiers: what reaches each y, and the inputs, of the masked cotangents of every x."""
     z = subject.manifest.score["tensor"]
+    feeds = {**subject.point, **subject.targets}
     maps = masked_maps(subject, policy)
     moved = {**maps, **{mask.y: mask.arrived for mask in masks}}
     scored: list[tuple[str, np.ndarray | str]] = [(z, subject.w), *((mask.x, mask.passed_on) for mask in masks)]
     words = f"{len(maps)} {policy} map{'s' * (len(maps) > 1)}, cut at {len(masks)} rectifiers,"
-    return Claim(words, subject.graph, moved, scored, subject.file, {**subject.point, **subject.targets})
+    return Claim(words, subject.graph, moved, scored, subject.file, feeds, subject.view.twins)
 
 
 # -- held against differences ------------------------------------------------------------------------------------------
@@ -169,8 +180,8 @@ def _held(
 ) -> Check:
     carried = [weight for _, weight in claim.scored if isinstance(weight, str)]
     wanted = list(dict.fromkeys([*claim.moved.values(), *carried]))
-    file = part_for(claim.file, wanted, pins.types(pins.displaced))
-    values = dict(zip(wanted, evaluator(file).run(wanted, claim.feeds | pins.displaced), strict=True))
+    file, pinned = pins.cut_off(claim.file, wanted, pins.displaced, claim.twins)
+    values = dict(zip(wanted, evaluator(file).run(wanted, claim.feeds | pinned), strict=True))
     gradient = {tensor: values[name].astype(np.float64) for tensor, name in claim.moved.items()}
     terms = [(x, values[weight] if isinstance(weight, str) else weight) for x, weight in claim.scored]
     point = _point(claim, inputs, pins, evaluator)
@@ -193,11 +204,12 @@ def _held(
     check = _judge(name, claim.words, differences(score, point, gradient, precision), precision)
     if precision.large:
         return check
+    feeds = claim.feeds
     if pins:
-        file = part_for(claim.file, list(claim.moved.values()), pins.types(pins.names))
-        found = evaluator(file).run(list(claim.moved.values()), claim.feeds | pins.exact)
-        gradient = dict(zip(claim.moved, found, strict=True))
-    return _with_float32(check, file, claim, gradient, pins)
+        file, pinned = pins.cut_off(claim.file, list(claim.moved.values()), pins.exact, claim.twins)
+        feeds = feeds | pinned
+        gradient = dict(zip(claim.moved, evaluator(file).run(list(claim.moved.values()), feeds), strict=True))
+    return _with_float32(check, file, claim, gradient, feeds)
 
 
 def _point(claim: Claim, inputs: Feeds, pins: Pins, evaluator: Callable[[onnx.ModelProto], Evaluator]) -> Feeds:
@@ -262,10 +274,10 @@ def _judge_zero(name: str, words: str, score: Score, point: Feeds, precision: Pr
     return failed(name, f"{words} is zero, and central differences {precision.words} are not")
 
 
-def _with_float32(check: Check, file: onnx.ModelProto, claim: Claim, gradient: Feeds, pins: Pins) -> Check:
+def _with_float32(check: Check, file: onnx.ModelProto, claim: Claim, gradient: Feeds, feeds: Feeds) -> Check:
     """The check, and how far ONNX Runtime's float32 gradient lies from the one in double."""
     try:
-        found = _Runtime(file).run(list(claim.moved.values()), claim.feeds | pins.exact)
+        found = _Runtime(file).run(list(claim.moved.values()), feeds)
     except RunError as error:
         return failed(check.name, f"ONNX Runtime does not run the file: {error}")
     off = {tensor: x - gradient[tensor] for tensor, x in zip(claim.moved, found, strict=True)}

@@ -5,9 +5,12 @@ as the unrounded one does, and where its quantiser saturates it does not move. I
 the nodes that the model is seen as, and shares nothing with the rules. Central differences are taken at quantised
 values that are displaced by less than a step, because those themselves lie on kinks: at 0 before a ReLU, as equals
 under a max pooling. Half precision is not rounded at all there.
+
+Where a file computes a quantised tensor again and reads the copy, the copy's values count: the maps are those of that
+pass.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,25 +28,38 @@ from graphgbp.verification.parts import part_for
 
 _DYNAMIC = "DynamicQuantizeLinear"  # the scale and the zero point that it finds count as given
 _ROOM = 0.4  # how far a quantised value is displaced, in steps
+_HALF_A_STEP = 0.51
 _SLACK = 1e-5  # of the largest value, for what float32 rounds
 
 
 class Pins:
     """The tensors of few bits that a model makes, and the network that goes straight through their rounding.
 
-    `graph` is the model as plain nodes, `runs` what ONNX Runtime runs. `exact` holds their values, `displaced` those of
-    quantised ones at which differences are taken, in double; `given` count as constants. Raises RunError, and
-    DoubleError where something cannot be evaluated.
+    `graph` is the model as plain nodes, `runs` what ONNX Runtime runs, `file` what computes the tensors in `twins`
+    again under the names there. `exact` holds their values, `displaced` those of quantised ones at which differences
+    are taken, in double; `given` count as constants. Raises RunError, and DoubleError where something cannot be
+    evaluated.
     """
 
-    def __init__(self, graph: onnx.ModelProto, stored: Stored, runs: onnx.ModelProto, feeds: Feeds) -> None:
+    def __init__(
+        self,
+        graph: onnx.ModelProto,
+        stored: Stored,
+        runs: onnx.ModelProto,
+        feeds: Feeds,
+        file: onnx.ModelProto,
+        twins: Mapping[str, str],
+    ) -> None:
         self._graph, self._stored, self._feeds = graph, stored, feeds
         made = [name for node in graph.graph.node for name in node.output if name]
         self.given = [x for node in graph.graph.node if node.op_type == _DYNAMIC for x in node.output[1:]]
         self.names = [*(name for name in made if name in stored), *self.given]
-        there = {name for node in runs.graph.node for name in node.output}
-        exact = _values(part_for(runs, [name for name in self.names if name in there]), feeds)
-        hidden = [name for name in self.names if name not in there]
+        self.copied = [name for name in self.names if twins.get(name) in _made_in(file)]
+        exact = _values(part_for(file, [twins[name] for name in self.copied]), feeds)
+        exact = {name: exact[twins[name]] for name in self.copied}
+        there = _made_in(runs) - twins.keys()
+        exact |= _values(part_for(runs, [name for name in self.names if name in there]), feeds)
+        hidden = [name for name in self.names if name not in exact]
         if hidden:
             exact |= _values(part_for(graph, hidden, self.types(exact)), {**feeds, **self.in_types(exact)})
         self.exact = exact
@@ -69,6 +85,15 @@ class Pins:
         return given | {
             name: helper.np_dtype_to_tensor_dtype(self._stored[name]) for name in names if name in self._stored
         }
+
+    def cut_off(
+        self, model: onnx.ModelProto, names: Sequence[str], values: Feeds, twins: Mapping[str, str]
+    ) -> tuple[onnx.ModelProto, Feeds]:
+        """The part of a file that makes tensors of pinned ones, and what it takes; a copy in the file is pinned too."""
+        kinds = self.types(values)
+        copies = {twins[name]: name for name in values if name in twins}
+        part = part_for(model, names, kinds | {copy: kinds[name] for copy, name in copies.items()})
+        return part, values | {copy: values[name] for copy, name in copies.items()}
 
     def in_types(self, values: Feeds) -> Feeds:
         kinds = {name: helper.tensor_dtype_to_np_dtype(kind) for name, kind in self.types(values).items()}
@@ -110,7 +135,7 @@ class Pins:
         """The graph, with pinned + moves (unrounded - unrounded at this point) for each; it also takes `constants`."""
         model = onnx.ModelProto()
         model.CopyFrom(self._opened(self.displaced))
-        nodes = list(model.graph.node)
+        nodes = [node for node in model.graph.node if node.op_type != _DYNAMIC]
         del model.graph.node[:]
         real = {_unrounded(name): name for name in self._here}
         for node in nodes:
@@ -145,12 +170,28 @@ class Pins:
             expected, kind = self.exact[name], self._stored[name]
             if real.shape != expected.shape:
                 return f"'{name}' has shape {list(expected.shape)}, and its plain nodes give {list(real.shape)}"
-            room = np.ones(()) if is_quantised(kind) else float(ml_dtypes.finfo(kind).eps) * np.abs(expected)
-            found = _rounded(real, kind) if is_quantised(kind) else real
-            off = np.abs(found - expected) - room - _SLACK * np.abs(expected).max(initial=0)
-            if not (off <= 0).all():
+            room = self._room(name) + _SLACK * np.abs(expected).max(initial=0)
+            found = _limited(real, kind) if name in self._rounded_again else self._as_stored(name, real)
+            if not (np.abs(found - expected) <= room).all():
                 return f"'{name}' is off by up to {np.abs(found - expected).max():.3g}, more than a rounding step"
         return None
+
+    def _room(self, name: str) -> np.ndarray:
+        """How far a pinned tensor may lie from what its maker makes."""
+        kind = self._stored[name]
+        if is_quantised(kind):
+            return np.asarray(_HALF_A_STEP if name in self._rounded_again else 1.0)
+        return float(ml_dtypes.finfo(kind).eps) * np.abs(self.exact[name])
+
+    @cached_property
+    def _rounded_again(self) -> set[str]:
+        """What a file quantises again, in plain nodes: no integer kernel rounds it elsewhere."""
+        made = {x for node in self._graph.graph.node if node.op_type == "QuantizeLinear" for x in node.output}
+        return made.intersection(self.copied)
+
+    def _as_stored(self, name: str, real: np.ndarray) -> np.ndarray:
+        """In steps where it is quantised; half precision stays as it is."""
+        return _rounded(real, self._stored[name]) if is_quantised(self._stored[name]) else real
 
     @cached_property
     def equal_share(self) -> float:
@@ -165,12 +206,20 @@ def evaluated(model: onnx.ModelProto, names: list[str], feeds: Feeds) -> list[np
     return DoubleModel(model, REAL).run(names, feeds)
 
 
+def _made_in(model: onnx.ModelProto) -> set[str]:
+    return {name for node in model.graph.node for name in node.output if name}
+
+
 def _limits(kind: np.dtype[Any]) -> Any:
     return np.iinfo(kind) if kind.kind in "iu" else ml_dtypes.iinfo(kind)
 
 
+def _limited(real: np.ndarray, kind: np.dtype[Any]) -> np.ndarray:
+    return np.clip(real, int(_limits(kind).min), int(_limits(kind).max))
+
+
 def _rounded(real: np.ndarray, kind: np.dtype[Any]) -> np.ndarray:
-    return np.clip(np.rint(real), int(_limits(kind).min), int(_limits(kind).max))
+    return _limited(np.rint(real), kind)
 
 
 def _fits(real: np.ndarray, kind: np.dtype[Any]) -> np.ndarray:

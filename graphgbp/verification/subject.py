@@ -181,7 +181,7 @@ class Subject:
     @cached_property
     def pins(self) -> Pins:
         """What the forward graph stores in few bits. Raises DoubleError or RunError where it cannot be evaluated."""
-        return Pins(self.graph, self.view.stored, self.whole_forward, self.point)
+        return Pins(self.graph, self.view.stored, self.whole_forward, self.point, self.file, self.view.twins)
 
     @property
     def graph(self) -> onnx.ModelProto:
@@ -191,17 +191,22 @@ class Subject:
     @cached_property
     def file(self) -> onnx.ModelProto:
         """The file, its forward graph as in `graph`."""
+        return self.beside_graph(self.whole)
+
+    def beside_graph(self, converted: onnx.ModelProto) -> onnx.ModelProto:
+        """What was appended to the forward graph, here or in another file, beside `graph`."""
         if self.expanded is None:
-            return self.whole
+            return converted
         file = onnx.ModelProto()
         file.CopyFrom(self.expanded)
         made = {output for node in file.graph.node for output in node.output}
-        file.graph.node.extend(node for node in self.appended if made.isdisjoint(node.output))
+        appended = (node for node in converted.graph.node if is_appended(node.name))
+        file.graph.node.extend(node for node in appended if made.isdisjoint(node.output))
         there = {tensor.name for tensor in file.graph.initializer}
-        file.graph.initializer.extend(tensor for tensor in self.whole.graph.initializer if tensor.name not in there)
+        file.graph.initializer.extend(tensor for tensor in converted.graph.initializer if tensor.name not in there)
         del file.graph.input[:], file.graph.output[:]
-        file.graph.input.extend(self.whole.graph.input)
-        file.graph.output.extend(self.whole.graph.output)
+        file.graph.input.extend(converted.graph.input)
+        file.graph.output.extend(converted.graph.output)
         return file
 
     # -- its inputs -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from graphgbp import contract
 from tests.build import drawn, model
 from tests.verification.networks import ALL, behind, edit_manifest, network, node
 
+RECOMPUTED = contract.RECOMPUTED
 GRADIENT, GUIDED = f"{contract.SCOPE}/gradient/", f"{contract.SCOPE}/guided/"
 
 
@@ -57,6 +58,18 @@ def qdq() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 3, 12, 12]}, ["y"], WEIGHTS)
 
 
+def signed() -> onnx.ModelProto:
+    """The same with activations of int8: the file computes its quantised tensors again."""
+    made = qdq()
+    for tensor in made.graph.initializer:
+        if tensor.name.endswith("_zero"):
+            zero = numpy_helper.to_array(tensor)
+            zero = (zero.astype(np.int16) - 128).astype(np.int8) if zero.dtype == np.uint8 else zero
+            tensor.CopyFrom(numpy_helper.from_array(zero, tensor.name))
+    del made.graph.value_info[:]
+    return made
+
+
 def qoperator() -> onnx.ModelProto:
     nodes = [
         "xq = QuantizeLinear(x, x_scale, x_zero)",
@@ -78,7 +91,14 @@ def dynamic() -> onnx.ModelProto:
         "unit = Mul(s, w1_scale)",
         "a = Mul(f, unit)",
         "r = Relu(a)",
-        "p = GlobalAveragePool(r)",
+        "m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)",
+        "mq, t, low = DynamicQuantizeLinear(m)",
+        "j = ConvInteger<pads=[1,1,1,1]>(mq, w2, low, w2_zero)",
+        "h = Cast<to=1>(j)",
+        "other = Mul(t, w2_scale)",
+        "b = Mul(h, other)",
+        "c = LeakyRelu<alpha=0.1>(b)",
+        "p = GlobalAveragePool(c)",
         "y = Flatten(p)",
     ]
     return model(nodes, {"x": ["N", 3, 12, 12]}, ["y"], WEIGHTS)
@@ -110,7 +130,7 @@ def fused() -> onnx.ModelProto:
     return made
 
 
-GOOD = {"qdq": qdq, "qoperator": qoperator, "dynamic": dynamic, "half": half, "fused": fused}
+GOOD = {"qdq": qdq, "signed": signed, "qoperator": qoperator, "dynamic": dynamic, "half": half, "fused": fused}
 
 
 @cache
@@ -135,9 +155,15 @@ def test_a_good_file_passes(name):
     assert found["gradient"].figures["float32_distance"] < 1e-2
 
 
-@pytest.mark.parametrize("name", ["qdq", "qoperator", "dynamic", "half", "fused"])
+@pytest.mark.parametrize("name", GOOD)
 def test_a_vjp_file_passes(name):
     found = graphgbp.verify(graphgbp.vjp(GOOD[name]()), GOOD[name]())
+    assert found.passed, [check for check in found.checks if check.status != "pass"]
+
+
+@pytest.mark.parametrize("name", ["qdq", "signed", "dynamic"])
+def test_a_file_without_a_gradient_by_the_input_passes(name):
+    found = graphgbp.verify(graphgbp.convert(GOOD[name](), "gradcam"), GOOD[name]())
     assert found.passed, [check for check in found.checks if check.status != "pass"]
 
 
@@ -186,6 +212,15 @@ def _unrectified(made):
     node(made, f"{GUIDED}aq/", op="Relu").op_type = "Identity"
 
 
+def _rounded_down(made):
+    """A tensor that is quantised again lies up to a step away."""
+    node(made, f"{RECOMPUTED}/again/aq/", op="Round").op_type = "Floor"
+
+
+def _of_half_the_input(made):
+    behind(made, node(made, f"{RECOMPUTED}/again/rq/", op="Div").output[0], "Mul", 0.5)
+
+
 def _no_surrogates_told(made):
     edit_manifest(made, lambda manifest: manifest.update(surrogates=[]))
 
@@ -204,6 +239,10 @@ DAMAGE = {
     "a fused ReLU unmasked": ("fused", _passes_everything(GRADIENT), "gradient"),
     "half: a convolution times 1.05": ("half", _larger(GRADIENT, "Conv"), "gradient"),
     "half: a mask removed": ("half", _passes_everything(GRADIENT), "gradient"),
+    "int8: a convolution times 1.05": ("signed", _larger(GRADIENT, "Conv"), "gradient"),
+    "int8: a guided convolution times 1.05": ("signed", _larger(GUIDED, "Conv"), "guided gradient"),
+    "int8: quantised again, rounded down": ("signed", _rounded_down, "plain nodes"),
+    "int8: quantised again, of another input": ("signed", _of_half_the_input, "plain nodes"),
     "QLinearConv times 1.05": ("qoperator", _larger(GRADIENT, "Conv"), "gradient"),
     "ConvInteger times 1.05": ("dynamic", _larger(GRADIENT, "Conv"), "gradient"),
     "surrogates that are not told": ("qdq", _no_surrogates_told, "manifest"),
