@@ -24,7 +24,9 @@ WEIGHTS: tuple[Weights, ...] = ("auto", "reference", "copy")
 
 _ORT_FORMAT = b"ORTM"
 _digests: dict[tuple[int, ...], str] = {}
-_SETTLED = 2_000_000_000  # nanoseconds: longer than any file system's clock takes for a tick
+_SECOND = 10**9  # nanoseconds, as the next two
+_TICK = _SECOND // 10  # longer than the clock of a file system that writes fractions of a second takes for a tick
+_LONGEST_TICK = 2 * _SECOND
 
 
 def load(path: PathLike) -> onnx.ModelProto:
@@ -99,7 +101,8 @@ def _sha256(path: Path) -> str:
     state = path.stat()
     key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
     if key not in _digests:
-        settled = time.time_ns() - state.st_mtime_ns > _SETTLED
+        tick = _TICK if state.st_mtime_ns % _SECOND else _LONGEST_TICK
+        settled = time.time_ns() - state.st_mtime_ns > tick
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not settled:

@@ -1,6 +1,7 @@
 """The model a conversion starts from: a copy of our own, at an opset the rules were written for."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,9 +36,11 @@ def open_source(model: ModelLike) -> tuple[onnx.ModelProto, dict[str, Any]]:
         source = read(model)
         name = f"'{model}'"
     model_file.refuse_converted(source, name)
-    fingerprint = model_file.fingerprint(model, external_locations(source))
-    source, opset = raised(source, weights_folder(model), in_place=True)
-    return source, {"source": fingerprint, "opset": opset}
+    locations = external_locations(source)
+    with ThreadPoolExecutor(1) as beside:
+        fingerprint = beside.submit(model_file.fingerprint, model, locations)
+        source, opset = raised(source, weights_folder(model), in_place=True)
+    return source, {"source": fingerprint.result(), "opset": opset}
 
 
 def read(model: ModelLike) -> onnx.ModelProto:

@@ -1,5 +1,6 @@
 """Weights in external files: where they may lie, how long they must be, how they are read."""
 
+import hashlib
 import os
 import shutil
 import sys
@@ -548,6 +549,19 @@ def test_a_digest_is_remembered_for_a_file_that_stays(tmp_path, source, monkeypa
     assert graphgbp.vjp(source) != first
     with pytest.raises(ModelFileError, match="does not hold the weights"):
         graphgbp.save(first, source.with_name("out.onnx"))
+
+
+@pytest.mark.parametrize(("whole", "times"), [(False, 1), (True, 2)])
+def test_a_file_just_written_is_read_again_where_its_time_may_not_tell(source, monkeypatch, whole, times):
+    """A file system that writes whole seconds may give two states of a file the same time."""
+    (source.parent / DATA).write_bytes((source.parent / DATA).read_bytes())
+    now = time.time_ns() - 200_000_000
+    changed = now // 10**9 * 10**9 if whole else now | 1
+    os.utime(source.parent / DATA, ns=(changed, changed))
+    digest, read = hashlib.file_digest, []
+    monkeypatch.setattr("hashlib.file_digest", lambda file, name: read.append(file.name) or digest(file, name))
+    graphgbp.save(graphgbp.convert(source, ["saliency"]), source.with_name("out.onnx"))
+    assert read.count(str(source.parent / DATA)) == times
 
 
 def test_torchs_exporter_with_external_data(tmp_path):
