@@ -119,11 +119,27 @@ class MaxPool(ReferenceMaxPool):
         return (best, place)[: len(self.output)]
 
 
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
 class Erf(OpRun):
     op_domain = ""
 
     def _run(self, x: np.ndarray) -> tuple[np.ndarray]:
-        return (np.vectorize(math.erf, otypes=[np.float64])(x),)
+        return (_erf(x),)
+
+
+class Gelu(OpRun):
+    """A function of operators to the evaluator, which takes its own Erf for it."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, approximate: str = "none") -> tuple[np.ndarray]:
+        if approximate == "tanh":
+            gate = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        else:
+            gate = _erf(x / math.sqrt(2))
+        return ((x * (1 + gate) / 2).astype(x.dtype),)
 
 
 class HardSigmoid(OpRun):
@@ -220,6 +236,7 @@ OPERATORS = [
     Conv,
     ConvTranspose,
     Erf,
+    Gelu,
     HardSigmoid,
     MaxPool,
     GlobalMaxPool,

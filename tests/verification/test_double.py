@@ -5,6 +5,7 @@ import math
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper
 
 from graphgbp.verification.double import DoubleError, DoubleModel, in_double
@@ -78,6 +79,15 @@ def test_erf_is_double():
     made = single_op("Erf", [drawn(5)], opset=18)
     (y,) = DoubleModel(made).run(["y0"], {"x0": drawn(5)})
     np.testing.assert_allclose(y, [math.erf(x) for x in drawn(5).astype(float)], rtol=1e-15)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_double(approximate):
+    x = drawn(50).astype(np.float64)
+    made = single_op("Gelu", [drawn(50)], opset=20, approximate=approximate)
+    (found,) = DoubleModel(made).run(["y0"], {"x0": x})
+    wanted = torch.nn.functional.gelu(torch.from_numpy(x), approximate=approximate).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-13)
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
