@@ -132,9 +132,9 @@ def _infer(view: View, model: onnx.ModelProto, seen: onnx.ModelProto, copies: un
             done.append(node)
             _settle_cast(node)
             type_outputs(node, view.opsets, known, sizes)
-            chains.notice(node)
+            first = node.outputs[0] if node.outputs else None
             fold(node, view.opsets, sizes)
-            chains.follow(node)
+            chains.follow(node, first)
     view.graph.nodes[:] = done
     view.twins |= chains.twins
     return chains.nodes

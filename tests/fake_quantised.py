@@ -87,9 +87,11 @@ class FakeQuantised(nn.Module):
         return torch.from_numpy(np.asarray((q.astype(np.float64) - zero) * scale.astype(np.float64)))
 
     def _axis(self, q: str) -> int:
-        """Along which a weight has its scales: as its DequantizeLinear says, the first for an integer operator's."""
+        """Along which a weight has its scales: as its DequantizeLinear says, by column or by output channel."""
         reader = next(node for node in self.file.node if q in node.input)
-        return next((a.i for a in reader.attribute if a.name == "axis" and reader.op_type == "DequantizeLinear"), 0)
+        if reader.op_type == "DequantizeLinear":
+            return next((a.i for a in reader.attribute if a.name == "axis"), 1)
+        return 1 if "MatMul" in reader.op_type else 0
 
     def _as_stored(self, name: str, x: Tensor) -> Tensor:
         if name not in self.quantisers:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphgbp.contract import RECOMPUTED
@@ -29,15 +30,9 @@ class Chains:
         self._copied, self._signed = copies.nodes, copies.quantised
         self._dequantisers: dict[str, gs.Node] = {}
 
-    def notice(self, node: gs.Node) -> None:
-        """See a node before it may be folded."""
-        if node.op == "DequantizeLinear":
-            self._dequantisers[node.outputs[0].name] = node
-
-    def follow(self, node: gs.Node) -> None:
-        """Make again what a node makes, if it is one of those."""
-        y = node.outputs[0] if node.outputs else None
-        if not isinstance(y, gs.Variable) or y.dtype is None or isinstance(y.dtype, int):
+    def follow(self, node: gs.Node, y: gs.Tensor | None) -> None:
+        """Make again what a node makes, if it is one of those; `y` is its first output, maybe a constant."""
+        if y is None or y.is_empty() or y.dtype is None or isinstance(y.dtype, int):
             return
         start = len(self._g.nodes)
         with self._g.scope(y.name):
@@ -46,14 +41,30 @@ class Chains:
                 self.twins[y.name] = self._g.cast(twin, y.dtype).name
         self.nodes += self._g.nodes[start:]
 
-    def _again(self, node: gs.Node, y: gs.Variable) -> gs.Tensor | None:
+    def _again(self, node: gs.Node, y: gs.Tensor) -> gs.Tensor | None:
         g, axis = self._g, node.attrs.get("axis", 1)
         if node.op == "DequantizeLinear" and y.name in self._there:
+            self._dequantisers[y.name] = node
             q, scale, zero_point = (*node.inputs, None)[:3]
-            if node.attrs.get("block_size") or q.dtype is None or isinstance(q.dtype, int):
+            if q.dtype is None or isinstance(q.dtype, int):
                 return None
+            if block := node.attrs.get("block_size"):
+                scale, zero_point = (
+                    None if x is None else _repeated(g, x, q, axis, block) for x in (scale, zero_point)
+                )
             return dequantized(g, q, scale, zero_point, axis)
         if node.op == "QuantizeLinear" and y.name in self._signed:
             x, scale, zero_point = node.inputs
             return quantized_in_plain_nodes(g, x, scale, zero_point, axis)
         return product(g, node, self._dequantisers) if y.name in self._copied else None
+
+
+def _repeated(g: Emitter, x: gs.Tensor, q: gs.Tensor, axis: int, block: int) -> gs.Tensor:
+    """What each block along an axis of q has, for each element; float32."""
+    rank = len(x.shape)
+    axis %= rank
+    sizes = [1] * (rank + 1)
+    sizes[axis + 1] = block
+    blocks = g.op("Expand", g.unsqueeze(g.cast(x, np.float32), [axis + 1]), g.ints(sizes))
+    flat = g.reshape(blocks, [*x.shape[:axis], -1, *x.shape[axis + 1 :]])
+    return flat if flat.shape == q.shape else g.slice(flat, [0], [q.shape[axis]], [axis])
