@@ -12,8 +12,11 @@ import onnx_graphsurgeon as gs
 
 from graphgbp.emit import Emitter
 from graphgbp.forms import MICROSOFT, NotPlainError, plain
+from graphgbp.plain import sums
+from graphgbp.plain.sums import Quantised
 
 _NO_CACHE = "export the model without a cache of keys and values"
+_ROTATED = "it rotates queries and keys by their positions (do_rotary); save it without that fusion"
 
 
 @plain("Attention", domain=MICROSOFT)
@@ -31,9 +34,42 @@ def attention(
     """Self-attention of x weights + bias, which holds queries, keys and values side by side"""
     _refuse_cached(past, *others)
     if node.attrs.get("do_rotary"):
-        raise NotPlainError("it rotates queries and keys by their positions (do_rotary); save it without that fusion")
+        raise NotPlainError(_ROTATED)
+    return _of_itself(g, node, g.matmul(x, weights), weights, bias, mask, scores)
+
+
+@plain("QAttention", domain=MICROSOFT, surrogate=True)
+def quantised_attention(
+    g: Emitter,
+    node: gs.Node,
+    x: gs.Tensor,
+    weights: gs.Tensor,
+    bias: gs.Tensor,
+    x_scale: gs.Tensor,
+    weight_scale: gs.Tensor,
+    mask: gs.Tensor | None = None,
+    x_zero_point: gs.Tensor | None = None,
+    weight_zero_point: gs.Tensor | None = None,
+    past: gs.Tensor | None = None,
+) -> gs.Tensor:
+    """Attention, of quantised x and weights"""
+    _refuse_cached(past)
+    if node.attrs.get("do_rotary"):
+        raise NotPlainError(_ROTATED)
+    a, b = Quantised(x, x_scale, x_zero_point), Quantised(weights, weight_scale, weight_zero_point)
+    return _of_itself(g, node, sums.matmul(g, a, b), weights, bias, mask)
+
+
+def _of_itself(
+    g: Emitter,
+    node: gs.Node,
+    together: gs.Tensor,
+    weights: gs.Tensor,
+    bias: gs.Tensor | None,
+    mask: gs.Tensor | None,
+    scores: gs.Tensor | None = None,
+) -> gs.Tensor:
     sizes = node.attrs.get("qkv_hidden_sizes") or _thirds(weights)
-    together = g.matmul(x, weights)
     together = together if bias is None else g.add(together, bias)
     q, k, v = g.ops("Split", together, g.ints(sizes), outputs=3, axis=-1)
     return _attend(g, node, q, k, v, mask, scores)[0]

@@ -55,3 +55,12 @@ def _unpacked(g: Emitter, packed: gs.Tensor, bits: int) -> gs.Tensor:
         parts.append(g.sub(rest, g.scale(higher, 2.0**bits)))
         rest = higher
     return g.concat([g.unsqueeze(part, [len(packed.shape)]) for part in [*parts, rest]], len(packed.shape))
+
+
+@plain("GatherBlockQuantized", domain=MICROSOFT)
+def gather_block_quantized(g: Emitter, node: gs.Node, *inputs: gs.Tensor | None) -> gs.Tensor:
+    """Refused"""
+    raise NotPlainError(
+        "it looks rows up in a table of few bits, as networks for text do; explain from the tensor that it gives, or "
+        "quantise without the operator Gather"
+    )

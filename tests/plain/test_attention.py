@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional
 
 import graphgbp
+from tests.build import model
 from tests.plain.harness import check_form, fused_op
-from tests.rules.harness import normal
+from tests.rules.harness import normal, run
 
 HEADS = 2
 MASKS = {
@@ -81,6 +82,45 @@ def test_open_sizes():
     reference = lambda q, k, v: attend(*(by_heads(x) for x in (q, k, v)), scale=0.3)  # noqa: E731
     inputs = [normal(3, 5, 8), normal(3, 4, 8, seed=1), normal(3, 4, 8, seed=2)]
     check_form("MultiHeadAttention", inputs, reference, wrt=(0, 1, 2), dynamic=True, num_heads=HEADS, scale=0.3)
+
+
+@pytest.mark.parametrize("mask", ["none", "by key"])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_quantised_attention(by_column, mask):
+    """The input as a quantiser stores it; what the gradient meets of the node is its float network."""
+    generator, size = np.random.default_rng(5), 24
+    scale = generator.uniform(0.01, 0.02, size).astype(np.float32) if by_column else np.float32([0.015])
+    weights = generator.integers(-100, 100, (6, size)).astype(np.int8)
+    x, bias, unit, zero = normal(3, 4, 6), normal(size, seed=2), np.float32([0.04]), np.uint8([120])
+    constants = {"u": unit.reshape(()), "n": zero.reshape(()), "w": weights, "b": bias, "us": unit, "ws": scale}
+    constants |= {"nz": zero, "wz": np.zeros(scale.shape, np.int8)}
+    if mask != "none":
+        constants["m"] = MASKS[mask]
+    masked = "" if mask == "none" else "m"
+    nodes = [
+        "q = QuantizeLinear(x, u, n)",
+        f"y = com.microsoft.QAttention<num_heads={HEADS}>(q, w, b, us, ws, {masked}, nz, wz)",
+    ]
+    made, dy = model(nodes, {"x": ["N", 4, 6]}, ["y"], constants), normal(3, 4, 8, seed=7)
+    found = run(graphgbp.vjp(made), {"x": x, "y_grad": dy})
+    tensor = torch.from_numpy(x).requires_grad_()
+    stored = torch.fake_quantize_per_tensor_affine(tensor, float(unit[0]), int(zero[0]), 0, 255)
+    together = stored @ torch.from_numpy(weights * scale) + torch.from_numpy(bias)
+    y = attend(
+        *(by_heads(part) for part in together.chunk(3, -1)), None if not masked else torch.from_numpy(MASKS[mask])
+    )
+    y.backward(torch.from_numpy(dy))
+    np.testing.assert_array_equal(found["y"], run(made, {"x": x})["y"])
+    np.testing.assert_allclose(found["y"], y.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(found["x_grad"], tensor.grad.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_of_few_bits_is_refused_with_what_to_do():
+    table = {"t": np.zeros((4, 16), np.uint8), "i": np.array([1, 2])}
+    nodes = ["y = com.microsoft.GatherBlockQuantized<bits=8, block_size=16>(t, i, s)"]
+    made = model(nodes, {"s": (4, 1)}, ["y"], table, output_types={"y": 1})
+    with pytest.raises(graphgbp.UnsupportedOperatorError, match="quantise without the operator Gather"):
+        graphgbp.vjp(made)
 
 
 REFUSED = {
