@@ -70,7 +70,10 @@ def find_images(view: View, names: Sequence[str] | None = None) -> list[Image]:
     """
     inputs = {tensor.name: tensor for tensor in view.graph.inputs if is_float(tensor)}
     if not inputs:
-        raise ModelFileError("the model has no float input: a gradient with respect to integers does not exist")
+        raise ModelFileError(
+            "the model has no float input, and a gradient with respect to integers does not exist; where they are "
+            "pixels, export it with an input of type uint8, int8 or float"
+        )
     for name in names or ():
         if name not in inputs:
             raise RequestError(f"'{name}' is no float input of the model; it has {', '.join(inputs)}")

@@ -273,7 +273,8 @@ def find_tensor(view: View, name: str, layers: Sequence[Layer] = ()) -> gs.Tenso
     for names, key in ((view.tensors, name), (view.named, name), (view.tensors, f"{RECOMPUTED}/{name}")):
         if key in names:
             return names[key]
-    near = difflib.get_close_matches(name, [*view.tensors, *view.named], n=4, cutoff=0.5)
+    made = [name for name, tensor in view.tensors.items() if not isinstance(tensor, gs.Constant)]
+    near = difflib.get_close_matches(name, dict.fromkeys([*made, *view.named]), n=4, cutoff=0.5)
     hint = f"near matches: {', '.join(near)}" if near else _advice(layers)
     raise RequestError(f"the model has no tensor or node named '{name}'; {hint}")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -368,8 +369,18 @@ def test_vjp_takes_a_name_twice_or_alone():
 def test_no_float_input():
     made = model(["y = Cast<to=1>(x)"], {"x": (2, 3)}, ["y"])
     made.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
-    with pytest.raises(graphgbp.ModelFileError, match="no float input"):
+    with pytest.raises(graphgbp.ModelFileError, match=r"no float input.*pixels.*uint8"):
         graphgbp.convert(made, ["saliency"])
+
+
+def test_near_matches_are_each_named_once_and_no_weights():
+    made = small_cnn()
+    for node in made.graph.node:
+        node.name = node.output[0]  # as some exporters have it
+    with pytest.raises(graphgbp.RequestError) as e:
+        graphgbp.convert(made, ["gradcam"], target_layer="r9")
+    found = re.search("near matches: (.*)", str(e.value))[1].split(", ")
+    assert {"r1", "r2"} <= set(found) and len(set(found)) == len(found) and not {"w1", "w2"} & set(found)
 
 
 def test_a_score_that_does_not_depend_on_the_input():

@@ -275,6 +275,17 @@ def test_a_large_models_gradient_that_is_wrong_is_noticed(tmp_path, monkeypatch)
     assert [check.name for check in graphgbp.verify(out, path).failures] == ["gradient"]
 
 
+def test_weights_that_overflow_fail_quietly(tmp_path):
+    """In the file of weights that it shares with its source; warnings of numpy are errors here."""
+    path = tmp_path / "model.onnx"
+    onnx.save(network(), path, save_as_external_data=True, location="model.data", size_threshold=0)
+    graphgbp.save(graphgbp.convert(path), tmp_path / "out.onnx")
+    (tmp_path / "model.data").write_bytes(np.full((tmp_path / "model.data").stat().st_size // 4, 1e38, "f4").tobytes())
+    assert {"fingerprint", "forward", "score"} <= {
+        check.name for check in graphgbp.verify(tmp_path / "out.onnx").failures
+    }
+
+
 def test_another_source_fails():
     other = network()
     weight = onnx.numpy_helper.to_array(other.graph.initializer[0]) * np.float32(1.1)
