@@ -97,7 +97,7 @@ def test_how_a_file_was_deployed():
 def test_clothing_and_surrogates_are_told_in_the_words_of_the_manifest(name):
     said, manifest = (act(few_bits.GOOD[name]()) for act in (graphgbp.inspect, _manifest))
     assert said.rectifiers == manifest.rectifiers and said.surrogates == manifest.surrogates
-    assert bool(said.surrogates) == (name in ("qdq", "qoperator", "dynamic"))
+    assert bool(said.surrogates) == (name in ("qdq", "signed", "qoperator", "dynamic"))
 
 
 def _manifest(proto):
