@@ -159,6 +159,34 @@ def test_maps_are_those_of_the_fake_quantised_network(style, kind, rectifier, tm
     assert np.array_equal(found["z"], run(file, {"x": x})["z"])
 
 
+@pytest.mark.parametrize("pooling", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize("kind", ["u8 s8", "u8 s8 by channel"])
+def test_relus_behind_poolings(kind, pooling, tmp_path):
+    """As PyTorch's MNIST example has them: relu(max_pool2d(conv(x)))."""
+    nodes = [
+        "a = Conv(x, w1, b1)",
+        f"p = {pooling}<kernel_shape=[2,2], strides=[2,2]>(a)",
+        "r = Relu(p)",
+        "b = Conv(r, w2, b2)",
+        f"q = {pooling}<kernel_shape=[2,2], strides=[2,2]>(b)",
+        "s = Relu(q)",
+        "v = Flatten(s)",
+        "z = Gemm<transB=1>(v, w3, b3)",
+    ]
+    shapes = [(6, 3, 3, 3), (8, 6, 3, 3), (10, 32)]
+    weights = {f"w{i}": drawn(*shape, seed=i, scale=0.3) for i, shape in enumerate(shapes, 1)}
+    weights |= {f"b{i}": drawn(shape[0], seed=10 + i, scale=0.3) for i, shape in enumerate(shapes, 1)}
+    float_model = named(model(nodes, {"x": ["N", 3, 16, 16]}, ["z"], weights))
+    file = quantised(float_model, tmp_path, "QDQ", **KINDS[kind])
+    assert not any(node.op_type == "Relu" for node in file.graph.node)
+    x = images(4, 7)
+    middling = run(file, {"x": x})["z"].argsort()[:, 5]  # no score that saturates
+    # an average of integers that is 0, on the kink, is rounded to either side
+    tolerance = 2e-2 if pooling == "AveragePool" else 2e-6
+    manifest, _ = explained_alike(float_model, file, "s", x, middling, tolerance)
+    assert len(manifest.rectifiers) == 2
+
+
 MODELS = Path(__file__).parent.parent / "models"
 
 

@@ -3,12 +3,18 @@
 A quantised tensor q stands for the real number (q - z) s; its cotangent is taken by q itself, as if q were real.
 """
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
+from onnx.helper import tensor_dtype_to_np_dtype
 
 from graphgbp.emit import Emitter
 from graphgbp.forms import attributes, plain
-from graphgbp.plain.signs import is_models_own, may_be_followed_by_relu, may_be_negative
+from graphgbp.patterns import source
+from graphgbp.plain.intervals import Intervals
+from graphgbp.plain.signs import is_activated, is_models_own
 
 QUANTISERS = (
     "QuantizeLinear", "QLinearConv", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearWhere",
@@ -17,6 +23,7 @@ QUANTISERS = (
 """The nodes that may have swallowed a ReLU."""
 
 _SWALLOWED_RELU6 = 1e-3  # how near to 6 a quantiser ends whose range was a ReLU6's
+_INTERVALS: WeakKeyDictionary[Emitter, Intervals] = WeakKeyDictionary()
 
 
 def dequantized(
@@ -67,21 +74,24 @@ def quantized(g: Emitter, y: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor,
     )
 
 
-def _behind_swallowed(g: Emitter, x: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor | None) -> gs.Tensor | None:
+def _behind_swallowed(g: Emitter, x: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor) -> gs.Tensor | None:
     """Relu(x), or Clip(x, 0, 6) where the quantiser ends at 6; None where it swallowed neither.
 
-    A quantiser whose zero point is the least of its type makes every x < 0 zero. That is a ReLU, unless x is never
-    negative, comes from where no ReLU follows, or is the model's own input, whose pixels have their least value there.
+    A quantiser whose zero point is the least of its type makes every x < 0 zero. That is a ReLU, unless x is never so
+    far below 0 that it is not rounded to 0 anyway, comes from a smooth activation, or is the model's own input, whose
+    pixels have their least value there.
     """
-    if not (isinstance(zero_point, gs.Constant) and isinstance(scale, gs.Constant)) or zero_point.values.size != 1:
+    scale = source(scale)
+    if not (isinstance(zero_point, gs.Constant) and isinstance(scale, gs.Constant)):
         return None
     kind = zero_point.values.dtype
-    if kind.kind not in "iu" or int(zero_point.values.reshape(())) != np.iinfo(kind).min:
+    if kind.kind not in "iu" or (zero_point.values != np.iinfo(kind).min).any():
         return None
-    if not may_be_negative(x) or not may_be_followed_by_relu(x) or is_models_own(x):
+    steps = scale.values.astype(np.float64)
+    if _INTERVALS.setdefault(g, Intervals()).of(x).low >= -steps.min() / 2 or is_activated(x) or is_models_own(x):
         return None
-    end = float(scale.values.reshape(())) * (int(np.iinfo(kind).max) - int(np.iinfo(kind).min))
-    if abs(end - 6) > 6 * _SWALLOWED_RELU6:
+    ends = steps * (int(np.iinfo(kind).max) - int(np.iinfo(kind).min))
+    if (abs(ends - 6) > 6 * _SWALLOWED_RELU6).any():
         return g.relu(x)
     return g.op("Clip", x, g.like(x, 0), g.like(x, 6))
 
@@ -91,8 +101,9 @@ def quantize_linear(
     g: Emitter, node: gs.Node, x: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor | None = None
 ) -> gs.Tensor | None:
     """A ReLU and the quantiser that swallowed it"""
-    behind = _behind_swallowed(g, x, scale, zero_point)
     kept = attributes(node, "axis", "block_size", "saturate", "output_dtype", "precision")
+    kind = tensor_dtype_to_np_dtype(kept.get("output_dtype") or TensorProto.UINT8)
+    behind = _behind_swallowed(g, x, scale, g.constant(0, kind) if zero_point is None else zero_point)
     return None if behind is None else g.op("QuantizeLinear", behind, in_float32(g, scale), zero_point, **kept)
 
 
