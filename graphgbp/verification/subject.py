@@ -243,10 +243,17 @@ class Subject:
         return self.primal([self.manifest.score["tensor"]])[0]
 
     def primal(self, tensors: Sequence[str]) -> list[np.ndarray]:
-        """Tensors of the forward graph at that point; raises RunError."""
+        """Tensors of the forward graph at that point; raises RunError.
+
+        One that only the plain nodes make is made of what the runtime stores in few bits, as the file makes it.
+        """
         made = {name for node in self.whole_forward.graph.node for name in node.output}
-        model = self.whole_forward if made.issuperset(tensors) else self.graph
-        found = self.run(part_for(model, tensors), self.point)
+        if made.issuperset(tensors):
+            found = self.run(part_for(self.whole_forward, tensors), self.point)
+        else:
+            known = self.pins.exact
+            part = part_for(self.graph, [x for x in tensors if x not in known], self.pins.types(known))
+            found = known | self.run(part, self.point | self.pins.in_types(known))
         return [np.asarray(found[tensor]) for tensor in tensors]
 
     @cached_property

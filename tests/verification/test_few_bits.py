@@ -9,6 +9,7 @@ from onnx import helper, numpy_helper
 
 import graphgbp
 from graphgbp import contract
+from graphgbp.verification.subject import Subject
 from tests.build import drawn, model
 from tests.verification.networks import ALL, behind, edit_manifest, network, node
 
@@ -169,14 +170,94 @@ def test_a_file_without_a_gradient_by_the_input_passes(name):
 
 def test_quantised_values_saturate_and_tie():
     """What the tests above are about happens on their input."""
-    from graphgbp.verification.subject import Subject
-
     held = Subject(converted("qdq"), qdq()).pins
     assert {"xq", "aq", "mq", "rq"} <= set(held.exact)
     assert all((held.constants[f"{contract.SCOPE}/moves/{name}"] == 0).any() for name in ("xq", "rq"))
     windows = held.exact["aq"].reshape(2, 6, 6, 2, 6, 2).swapaxes(3, 4).reshape(-1, 4)
     best = windows.max(1, keepdims=True)
     assert ((windows == best).sum(1) > 1).any()
+
+
+def cancels() -> onnx.ModelProto:
+    """Half precision, where b and c all but cancel."""
+    nodes = [
+        "a = Mul(x, three)",
+        "b = Mul(a, seven)",
+        "c = Mul(x, less)",
+        "s = Add(b, c)",
+        "r = Relu(s)",
+        "p = GlobalAveragePool(r)",
+        "y = Flatten(p)",
+    ]
+    weights = {"three": np.float16(3.3), "seven": np.float16(7.7), "less": np.float16(-25.3)}
+    made = model(nodes, {"x": ["N", 3, 8, 8]}, ["y"], weights)
+    for value in [*made.graph.input, *made.graph.output]:
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    del made.graph.value_info[:]
+    return made
+
+
+def test_half_precision_that_the_runtime_rounds_elsewhere():
+    """b is read before it is rounded: the sum, which all but cancels, is off by many steps of its own."""
+    pins = Subject(graphgbp.convert(cancels(), "saliency"), cancels()).pins
+    by = np.random.default_rng(1).uniform(-1, 1, pins.exact["b"].shape)
+    moved = pins.exact["b"] * by * 2.0**-11
+    assert (np.abs(moved) > 2.0**-9 * np.abs(pins.exact["s"])).any()
+    pins.exact["b"] += moved
+    assert pins.fault is None
+
+
+def test_a_score_that_only_plain_nodes_make_is_made_of_what_the_runtime_quantises():
+    subject = Subject(converted("qoperator"), qoperator())
+    hidden = next(x for x in subject.graph.graph.node if x.op_type == "Conv").output[0]
+    assert not any(hidden in node.output for node in subject.whole_forward.graph.node)
+    before = subject.primal([hidden])[0]
+    subject.pins.exact["xq"] += 8
+    assert np.abs(subject.primal([hidden])[0] - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("name, tensor", [("half", "a"), ("half", "s"), ("half", "z"), ("signed", "aq"), ("qdq", "rq")])
+def test_tensors_that_are_not_what_makes_them_are_found(name, tensor):
+    pins = Subject(converted(name), GOOD[name]()).pins
+    assert pins.fault is None
+    pins = Subject(converted(name), GOOD[name]()).pins
+    pins.exact[tensor] = pins.exact[tensor] * 1.02 + (1 if name == "qdq" else 0)
+    assert pins.fault is not None and f"'{tensor}'" in pins.fault
+
+
+def rounds_floats() -> onnx.ModelProto:
+    """A quantised convolution before floats whose nodes ONNX Runtime fuses only where nobody reads what is inside."""
+    nodes = [
+        "xq = QuantizeLinear(x, x_scale, x_zero)",
+        "xd = DequantizeLinear(xq, x_scale, x_zero)",
+        "w1d = DequantizeLinear(w1, w1_scale, w1_zero)",
+        "a = Conv(xd, w1d)",
+        "aq = QuantizeLinear(a, a_scale, x_zero)",
+        "ad = DequantizeLinear(aq, a_scale, x_zero)",
+        "t = Reshape(ad, tokens)",
+        "u = Sigmoid(t)",
+        "s = Add(t, u)",
+        "n = LayerNormalization<axis=-1>(s, gain, shift)",
+        "y = ReduceMean<axes=[1], keepdims=0>(n)",
+    ]
+    weights = {name: x for name, x in WEIGHTS.items() if name[:2] in ("x_", "a_", "w1")}
+    weights |= {"tokens": np.asarray([0, 6, 36], np.int64), "gain": drawn(36, seed=3), "shift": drawn(36, seed=4)}
+    return model(nodes, {"x": ["N", 3, 8, 8]}, ["y"], weights, opset=17)
+
+
+def test_rounding_of_floats_in_a_quantised_model_is_told_from_a_step():
+    source = rounds_floats()
+    made = graphgbp.convert(source, "saliency")
+    found = graphgbp.verify(made, source)
+    assert found.passed, [check for check in found.checks if check.status != "pass"]
+    assert not found["forward"].figures["bit_equal"] and "within" in found["forward"].detail
+    weight = next(x for x in made.graph.initializer if x.name == "w1")
+    values = numpy_helper.to_array(weight).copy()
+    values[0, 0, 0, 0] += 1
+    weight.CopyFrom(numpy_helper.from_array(values, "w1"))
+    assert "forward" in {check.name for check in graphgbp.verify(made, source).failures}
+    exact = graphgbp.verify(converted("qdq"), qdq())["forward"]
+    assert exact.figures["bit_equal"] and "bit for bit" in exact.detail
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
