@@ -95,7 +95,7 @@ def _summary(
     if manifest["opset"]:
         yield "opset", f"raised from {manifest['opset']['source']} to {manifest['opset']['raised_to']}"
     if manifest["surrogates"]:
-        yield "surrogates", f"{len(manifest['surrogates'])} straight-through: {', '.join(manifest['surrogates'])}"
+        yield "surrogates", f"{len(manifest['surrogates'])} quantisers that the gradient goes straight through"
 
 
 def _require_writable(model: Path, out: Path, force: bool) -> None:
