@@ -8,6 +8,7 @@ score           target_score and target_class are those of the source's scores
 target guard    targets out of range fail
 gradient        the plain gradient equals central differences of the source, in double precision
 layer gradient  the same for the target layers
+saturation      the gradient of each quantiser stops beyond its bounds, and only there
 rectifiers      the manifest lists those of the source
 masks           each rectifier is masked, in the graph and in numbers
 input x gradient    the inputs times that gradient
@@ -31,6 +32,7 @@ from graphgbp.verification.gradient import check_gradients, check_masked_gradien
 from graphgbp.verification.integrity import check_appended, check_fingerprint, check_guard, check_manifest, check_names
 from graphgbp.verification.masks import DECONVNET, GUIDED, check_masks
 from graphgbp.verification.report import PASS, Check, Verification, unchecked
+from graphgbp.verification.saturation import check_saturation
 from graphgbp.verification.structure import check_kernels, check_rectifiers, find_activations_of, written_out
 from graphgbp.verification.subject import Subject
 
@@ -66,6 +68,7 @@ def _checks(subject: Subject) -> Iterator[Check]:
     if subject.manifest.score:
         yield from (check for check in (check_score(subject), check_guard(subject)) if check)
     yield from check_gradients(subject)
+    yield from (check for check in (check_saturation(subject),) if check)
     if subject.manifest.kind == "explanation":
         yield from _check_policies(subject)
         yield from (check for check in (check_input_x_gradient(subject), check_cams(subject)) if check)

@@ -223,12 +223,13 @@ def _eps(kind: np.dtype[Any]) -> float:
     return float(ml_dtypes.finfo(kind).eps)
 
 
-def _limits(kind: np.dtype[Any]) -> Any:
+def limits(kind: np.dtype[Any]) -> Any:
+    """The least and the largest number of a quantised type."""
     return np.iinfo(kind) if kind.kind in "iu" else ml_dtypes.iinfo(kind)
 
 
 def _limited(real: np.ndarray, kind: np.dtype[Any]) -> np.ndarray:
-    return np.clip(real, int(_limits(kind).min), int(_limits(kind).max))
+    return np.clip(real, int(limits(kind).min), int(limits(kind).max))
 
 
 def _rounded(real: np.ndarray, kind: np.dtype[Any]) -> np.ndarray:

@@ -154,6 +154,8 @@ def test_a_good_file_passes(name):
     assert "plain nodes" in {check.name for check in found.checks}
     assert found["gradient"].figures["error"] < 1e-4 and found["guided gradient"].figures["error"] < 1e-4
     assert found["gradient"].figures["float32_distance"] < 1e-2
+    masks = {"qdq": 4, "signed": 4, "qoperator": 3, "dynamic": 2}
+    assert name not in masks or found["saturation"].figures["masks"] == masks[name]
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -310,7 +312,29 @@ def _clothing_untold(made):
     edit_manifest(made, lambda manifest: manifest["rectifiers"][0].update(clothing="Relu"))
 
 
+def _turned(begins, op, into):
+    def damage(made):
+        node(made, begins, op=op).op_type = into
+
+    return damage
+
+
+def _one_step_more(made):
+    """A quantiser's mask opens one step too far."""
+    mask = node(made, f"{GRADIENT}aq/", op="LessOrEqual")
+    bound = next(x for x in made.graph.initializer if x.name == mask.input[1])
+    made.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(bound) + 1, "more"))
+    mask.input[1] = "more"
+
+
 DAMAGE = {
+    "a bound shut": ("qdq", _turned(f"{GRADIENT}aq/", "LessOrEqual", "Less"), "saturation"),
+    "a lower bound shut": ("qdq", _turned(f"{GRADIENT}aq/", "GreaterOrEqual", "Greater"), "saturation"),
+    "a mask that rounds down": ("qdq", _turned(f"{GRADIENT}aq/", "Round", "Floor"), "saturation"),
+    "a mask one step wider": ("qdq", _one_step_more, "saturation"),
+    "int8: a bound shut": ("signed", _turned(f"{GRADIENT}rq/", "LessOrEqual", "Less"), "saturation"),
+    "QLinearConv: a bound shut": ("qoperator", _turned(f"{GRADIENT}bq/", "LessOrEqual", "Less"), "saturation"),
+    "dynamic: a mask that rounds down": ("dynamic", _turned(f"{GRADIENT}mq/", "Round", "Floor"), "saturation"),
     "a convolution times 1.05": ("qdq", _larger(GRADIENT, "Conv"), "gradient"),
     "a guided convolution times 1.05": ("qdq", _larger(GUIDED, "Conv"), "guided gradient"),
     "saturation ignored": ("qdq", _without_saturation, "gradient"),
