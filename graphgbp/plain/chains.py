@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 from graphgbp.contract import RECOMPUTED
 from graphgbp.emit import Emitter
 from graphgbp.plain.quantised import dequantized, quantized_in_plain_nodes
-from graphgbp.plain.sums import product
+from graphgbp.plain.sums import average, product
 from graphgbp.plain.units import Copies
 
 AGAIN = f"{RECOMPUTED}/again"
@@ -56,7 +56,12 @@ class Chains:
         if node.op == "QuantizeLinear" and y.name in self._signed:
             x, scale, zero_point = node.inputs
             return quantized_in_plain_nodes(g, x, scale, zero_point, axis)
-        return product(g, node, self._dequantisers) if y.name in self._copied else None
+        if y.name not in self._copied:
+            return None
+        made = product(g, node, self._dequantisers)
+        if made is not None or self._signed:  # what is quantised again rounds halves as the nodes written do
+            return made
+        return average(g, node, self._dequantisers)
 
 
 def _repeated(g: Emitter, x: gs.Tensor, q: gs.Tensor, axis: int, block: int) -> gs.Tensor:

@@ -1,4 +1,4 @@
-"""Products of quantised tensors: their integers are multiplied and summed, then scaled.
+"""Products and averages of quantised tensors: their integers are multiplied and summed, then scaled.
 
 A sum of integers that is 0 stays 0, and the ReLU behind it shut. Summed in real numbers it would be rounding on either
 side of the kink. float32 holds such sums without rounding to 2^24.
@@ -62,6 +62,7 @@ def _scaled(g: Emitter, sums: gs.Tensor, unit: gs.Tensor) -> gs.Tensor:
 # -- between DequantizeLinear and QuantizeLinear ------------------------------------------------------------------
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
+_AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 
 
 def product(g: Emitter, node: gs.Node, dequantisers: Mapping[str, gs.Node]) -> gs.Tensor | None:
@@ -82,6 +83,16 @@ def product(g: Emitter, node: gs.Node, dequantisers: Mapping[str, gs.Node]) -> g
     if node.op == "MatMul":
         return matmul(g, a, b)
     return conv(g, node, a, b, c) if node.op == "Conv" else gemm(g, node, a, b, c)
+
+
+def average(g: Emitter, node: gs.Node, dequantisers: Mapping[str, gs.Node]) -> gs.Tensor | None:
+    """What a pooling or a mean of a dequantised tensor gives, as `product`."""
+    maker = dequantisers.get(node.inputs[0].name) if node.op in _AVERAGES else None
+    x = None if maker is None else _quantised(maker)
+    if x is None or not _is_plain(x) or x.scale.values.size > 1:
+        return None
+    sums = g.op(node.op, _centred(g, x), *node.inputs[1:], **node.attrs)
+    return _scaled(g, sums, g.reshape(in_float32(g, x.scale), []))
 
 
 def _quantised(maker: gs.Node) -> Quantised:
