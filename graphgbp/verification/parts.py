@@ -52,6 +52,7 @@ def part_for(
     part.graph.name = graph.name or "part"
     part.graph.node.extend(reversed(nodes))
     part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
+    part.graph.sparse_initializer.extend(x for x in graph.sparse_initializer if x.values.name in needed)
     part.graph.input.extend(value for value in graph.input if value.name in needed - fixed)
     part.graph.input.extend(
         onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items() if name in read

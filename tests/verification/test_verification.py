@@ -275,6 +275,17 @@ def test_a_large_models_gradient_that_is_wrong_is_noticed(tmp_path, monkeypatch)
     assert [check.name for check in graphgbp.verify(out, path).failures] == ["gradient"]
 
 
+def test_sparse_weights():
+    made = model(["f = Flatten(x)", "h = MatMul(f, w)", "r = Relu(h)", "y = MatMul(r, v)"], {"x": ("N", 2, 3)}, ["y"],
+                 {"w": drawn(6, 5), "v": drawn(5, 4)})  # fmt: skip
+    dense = next(tensor for tensor in made.graph.initializer if tensor.name == "w")
+    kept, places = onnx.numpy_helper.to_array(dense).reshape(-1)[::3], onnx.numpy_helper.from_array(np.arange(0, 30, 3))
+    sparse = onnx.helper.make_sparse_tensor(onnx.numpy_helper.from_array(kept, "w"), places, [6, 5])
+    made.graph.sparse_initializer.append(sparse)
+    made.graph.initializer.remove(dense)
+    assert graphgbp.verify(graphgbp.convert(made, ["saliency", "guided_backprop"]), made).passed
+
+
 def test_weights_that_overflow_fail_quietly(tmp_path):
     """In the file of weights that it shares with its source; warnings of numpy are errors here."""
     path = tmp_path / "model.onnx"
