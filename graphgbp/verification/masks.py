@@ -163,9 +163,15 @@ def _right(subject: Subject, masks: Sequence[Mask], smooth: Collection[str], pol
     """By the rectifier's output, the mask whose values are those of the policy; without it where none is."""
     if policy == DECONVNET:
         return {mask.y: mask for mask in masks}  # the Relu is the whole of it
+    made = {name for node in subject.file.graph.node for name in node.output}
+    copies = {name: copy for name, copy in subject.view.twins.items() if copy in made}
+    masks = [replace(mask, x=copies.get(mask.x, mask.x), y=copies.get(mask.y, mask.y)) for mask in masks]
+    own = {copy: name for name, copy in copies.items()}
     wanted = {name for mask in masks for name in (mask.rectified, mask.passed_on, mask.x, mask.y)}
     values = subject.run(part_for(subject.file, sorted(wanted)), {**subject.point, **subject.targets})
-    return {mask.y: mask for mask in masks if _is_right(mask, values, mask.y in smooth)}
+    right = [mask for mask in masks if _is_right(mask, values, own.get(mask.y, mask.y) in smooth)]
+    back = [replace(mask, x=own.get(mask.x, mask.x), y=own.get(mask.y, mask.y)) for mask in right]
+    return {mask.y: mask for mask in back}
 
 
 def _is_right(mask: Mask, values: dict[str, np.ndarray], smooth: bool) -> bool:

@@ -17,6 +17,7 @@ from graphgbp.backward import active_nodes
 from graphgbp.contract import Manifest
 from graphgbp.equivalence import Feeds, RunError, outputs_of, run_on_random_input
 from graphgbp.errors import GraphgbpError, ModelFileError
+from graphgbp.nodes import in_order
 from graphgbp.prepare import flatten, prepare
 from graphgbp.source import ModelLike, raised, read, weights_folder
 from graphgbp.stored import is_quantised
@@ -199,9 +200,11 @@ class Subject:
             return converted
         file = onnx.ModelProto()
         file.CopyFrom(self.expanded)
-        made = {output for node in file.graph.node for output in node.output}
-        appended = (node for node in converted.graph.node if is_appended(node.name))
-        file.graph.node.extend(node for node in appended if made.isdisjoint(node.output))
+        appended = [node for node in converted.graph.node if is_appended(node.name)]
+        own = {output for node in appended for output in node.output}
+        nodes = [*(node for node in self.expanded.graph.node if own.isdisjoint(node.output)), *appended]
+        del file.graph.node[:]
+        file.graph.node.extend(in_order(nodes))
         there = {tensor.name for tensor in file.graph.initializer}
         file.graph.initializer.extend(tensor for tensor in converted.graph.initializer if tensor.name not in there)
         del file.graph.input[:], file.graph.output[:]
