@@ -27,6 +27,8 @@ from graphgbp.curves import curves, is_joined
 from graphgbp.nodes import label
 from graphgbp.patterns import is_standard, is_zero, number, producer, readers, same, source, unscaled
 
+_QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -204,18 +206,33 @@ def hard_gate(node: gs.Node) -> gs.Tensor | None:
     found = patterns.clamp(node)
     if found is None or found.low != 0 or found.high is None or found.high <= 0:
         return None
-    shift = producer(found.x)
+    shift = _producer_before_quantisers(found.x)
     if shift is None or shift.op not in ("Add", "Sub"):
         return None
     x, beta = shift.inputs if number(shift.inputs[1]) is not None else shift.inputs[::-1]
     b = number(beta)
     if b is None or number(x) is not None or (shift.op == "Sub" and x is shift.inputs[1]):
         return None
-    after, before = list(readers(found.result)), unscaled(x).name != source(x).name
+    after, before = list(_readers_behind_quantisers(found.result)), unscaled(x).name != source(x).name
     if shift.op == "Add" and patterns.near(b, found.high / 2):
         return unscaled(x) if before or any(reader.op in ("Mul", "Div") for reader in after) else None
     to_one = found.high == 1 and before and _is_scaled_by_scalar(x)
     return unscaled(x) if _is_scalar(beta) and (to_one or _to_one(after, found.high)) else None
+
+
+def _producer_before_quantisers(tensor: gs.Tensor) -> gs.Node | None:
+    node = producer(tensor)
+    while node is not None and node.op in _QUANTISERS:
+        node = producer(node.inputs[0])
+    return node
+
+
+def _readers_behind_quantisers(tensor: gs.Tensor) -> Iterator[gs.Node]:
+    for node in readers(tensor):
+        if node.op in _QUANTISERS:
+            yield from _readers_behind_quantisers(node.outputs[0])
+        else:
+            yield node
 
 
 def _is_scalar(tensor: gs.Tensor) -> bool:

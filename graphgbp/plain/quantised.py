@@ -12,7 +12,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from graphgbp.emit import Emitter
 from graphgbp.forms import attributes, plain
-from graphgbp.patterns import source
+from graphgbp.patterns import near, source
 from graphgbp.plain.intervals import Intervals
 from graphgbp.plain.signs import is_activated, is_models_own
 
@@ -87,13 +87,20 @@ def _behind_swallowed(g: Emitter, x: gs.Tensor, scale: gs.Tensor, zero_point: gs
     kind = zero_point.values.dtype
     if kind.kind not in "iu" or (zero_point.values != np.iinfo(kind).min).any():
         return None
-    steps = scale.values.astype(np.float64)
-    if _INTERVALS.setdefault(g, Intervals()).of(x).low >= -steps.min() / 2 or is_activated(x) or is_models_own(x):
+    steps, intervals = scale.values.astype(np.float64), _INTERVALS.setdefault(g, Intervals())
+    if intervals.of(x).low >= -steps.min() / 2 or is_activated(x) or is_models_own(x):
         return None
     ends = steps * (int(np.iinfo(kind).max) - int(np.iinfo(kind).min))
     if (abs(ends - 6) > 6 * _SWALLOWED_RELU6).any():
         return g.relu(x)
-    return g.op("Clip", x, g.like(x, 0), g.like(x, 6))
+    return None if _is_gate(x, intervals) else g.op("Clip", x, g.like(x, 0), g.like(x, 6))
+
+
+def _is_gate(x: gs.Tensor, intervals: Intervals) -> bool:
+    """Whether x is y + 3: cut off at 0 and 6 that is the gate of a HardSwish, and the quantiser alone cuts it off."""
+    node = x.inputs[0] if x.inputs else None
+    terms = [intervals.of(term) for term in node.inputs] if node is not None and node.op == "Add" else []
+    return any(near(term.low, 3) and near(term.high, 3) for term in terms)
 
 
 @plain("QuantizeLinear", (13, 19, 21, 23, 24, 25))

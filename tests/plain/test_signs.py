@@ -134,3 +134,23 @@ def test_a_gate_of_rectified_values(kind):
     made = model(nodes, {"x": ["N", 3, 8, 8]}, ["y"], {**WEIGHTS, "least": kind(low)})
     found = read_manifest(graphgbp.convert(made, methods=["guided_backprop"]))
     assert [entry["clothing"] for entry in found.rectifiers] == ["Relu swallowed by QuantizeLinear"]
+
+
+GATES = {
+    "its Clip dropped before the quantiser": ["a = Add(c, three)", "q = QuantizeLinear(a, step, z)"],
+    "its Clip there": ["a = Add(c, three)", "b = Clip(a, nought, six)", "q = QuantizeLinear(b, step, z)"],
+    "its sum quantised too": [
+        *["a = Add(c, three)", "e = QuantizeLinear(a, wide, mid)", "f = DequantizeLinear(e, wide, mid)"],
+        *["b = Clip(f, nought, six)", "q = QuantizeLinear(b, step, z)"],
+    ],
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_gate_of_a_hard_swish_that_is_written_out_and_quantised(gate):
+    """c Clip(c + 3, 0, 6) / 6 holds no rectifier; nor does the quantiser that cuts off where the Clip did."""
+    steps = {"step": np.float32(6 / 255), "wide": np.float32(0.05), "mid": np.uint8(100)}
+    values = WEIGHTS | steps | {"six": np.float32(6), "three": np.float32(3), "nought": np.float32(0)}
+    tail = ["d = DequantizeLinear(q, step, z)", "g = Div(d, six)", "h = Mul(c, g)", "m = GlobalAveragePool(h)"]
+    made = model([CONV, *GATES[gate], *tail, "y = Flatten(m)"], {"x": ["N", 3, 8, 8]}, ["y"], values)
+    assert not read_manifest(graphgbp.convert(made, methods=["guided_backprop"])).rectifiers
