@@ -45,7 +45,7 @@ def load(path: PathLike) -> onnx.ModelProto:
                     "it was made from, or let ONNX Runtime save it as one (SessionOptions.optimized_model_filepath = "
                     "'model.onnx')"
                 )
-            model.ParseFromString(content)  # type: ignore[arg-type]  # it takes any bytes
+            model.ParseFromString(content)
     except FileNotFoundError:
         raise ModelFileError(f"no file '{path}'; check the path") from None
     except OSError as error:
@@ -59,8 +59,8 @@ def load(path: PathLike) -> onnx.ModelProto:
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[memoryview | bytes]:
-    """The content of a file, not read into memory."""
+def _mapped(path: Path) -> Iterator[Any]:
+    """The bytes of a file, not read into memory: what protobuf parses, whatever its stubs say."""
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             yield b""  # which cannot be mapped
