@@ -248,16 +248,18 @@ class Subject:
     def primal(self, tensors: Sequence[str]) -> list[np.ndarray]:
         """Tensors of the forward graph at that point; raises RunError.
 
-        One that only the plain nodes make is made of what the runtime stores in few bits, as the file makes it.
+        One that only the plain nodes make, or that the file makes again, is made of what is stored in few bits there.
         """
         made = {name for node in self.whole_forward.graph.node for name in node.output}
-        if made.issuperset(tensors):
-            found = self.run(part_for(self.whole_forward, tensors), self.point)
-        else:
-            known = self.pins.exact
-            part = part_for(self.graph, [x for x in tensors if x not in known], self.pins.types(known))
-            found = known | self.run(part, self.point | self.pins.in_types(known))
+        runs = made.issuperset(tensors) and not self.pins.copied
+        found = self.run(part_for(self.whole_forward, tensors), self.point) if runs else self.pinned(tensors)
         return [np.asarray(found[tensor]) for tensor in tensors]
+
+    def pinned(self, tensors: Sequence[str]) -> Feeds:
+        """Tensors of the forward graph, made of what the runtime stores in few bits; raises RunError."""
+        known = self.pins.exact
+        part = part_for(self.graph, [x for x in tensors if x not in known], self.pins.types(known))
+        return known | self.run(part, self.point | self.pins.in_types(known))
 
     @cached_property
     def targets(self) -> Feeds:
