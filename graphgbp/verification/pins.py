@@ -80,9 +80,8 @@ class Pins:
 
     def types(self, names: Collection[str]) -> dict[str, int]:
         """Their ONNX types in the file; what is given keeps those of a DynamicQuantizeLinear."""
-        given: dict[str, int] = {
-            name: (TensorProto.FLOAT, TensorProto.UINT8)[n % 2] for n, name in enumerate(self.given)
-        }
+        found = {name: (TensorProto.FLOAT, TensorProto.UINT8)[n % 2] for n, name in enumerate(self.given)}
+        given: dict[str, int] = {name: kind for name, kind in found.items() if name in names}
         return given | {
             name: helper.np_dtype_to_tensor_dtype(self._stored[name]) for name in names if name in self._stored
         }
