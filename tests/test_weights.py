@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from onnx import TensorProto, helper, numpy_helper
 
 import graphgbp
-from graphgbp import MissingWeightsError, ModelFileError, weights
+from graphgbp import MissingWeightsError, ModelFileError, model_file, weights
 from tests.build import drawn, model, small_cnn
 from tests.rules.harness import run
 
@@ -575,3 +575,14 @@ def test_torchs_exporter_with_external_data(tmp_path):
     found = graphgbp.Explainer(tmp_path / "out.onnx", device="cpu").explain(x.detach().numpy(), 3).saliency
     net(x)[:, 3].sum().backward()
     np.testing.assert_allclose(found, x.grad.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [[], [(0, 10)], [(5_000_000, 3)], [(0, 2_500_000), (7_000_000, 1_000_000)]])
+def test_the_digest_of_a_sparse_file_is_that_of_its_bytes(pieces, tmp_path):
+    path = tmp_path / "weights.bin"
+    with path.open("wb") as file:
+        file.truncate(8_000_001)
+        for place, count in pieces:
+            file.seek(place)
+            file.write(np.random.default_rng(place).bytes(count))
+    assert model_file.fingerprint(path, [])["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
