@@ -308,11 +308,6 @@ CNN = (
     Kind("int8 QDQ, uint8 activations, per channel", "onnxruntime", QDQ),
     Kind("int8 QDQ, per tensor", "onnxruntime", quantised("QDQ", "QUInt8", "QInt8")),
     Kind("int8 QDQ, int8 activations", "onnxruntime", quantised("QDQ", "QInt8", "QInt8", per_channel=True)),
-    Kind(
-        "int8 QDQ, int8 activations, symmetric",
-        "onnxruntime",
-        quantised("QDQ", "QInt8", "QInt8", per_channel=True, extra_options={"ActivationSymmetric": True}),
-    ),
     Kind("int16 activations, int8 weights, QDQ", "onnxruntime", quantised("QDQ", "QUInt16", "QInt8", per_channel=True)),
     Kind("int8 QDQ, then optimised, extended", "onnxruntime", then(QDQ, optimised("extended"))),
     Kind("int8 QOperator", "onnxruntime", quantised("QOperator", "QUInt8", "QInt8", per_channel=True)),
