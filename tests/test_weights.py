@@ -1,7 +1,5 @@
 """Weights in external files: where they may lie, how long they must be, how they are read."""
 
-import hashlib
-import os
 import shutil
 import sys
 import time
@@ -12,119 +10,23 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from google.protobuf.message import Message
 from onnx import TensorProto, helper, numpy_helper
 
 import graphgbp
-from graphgbp import MissingWeightsError, ModelFileError, model_file, weights
+from graphgbp import MissingWeightsError, ModelFileError, weights
 from tests.build import drawn, model, small_cnn
+from tests.external_data import (
+    DATA,
+    HOLDERS,
+    adding,
+    external,
+    external_cnn,
+    in_branches,
+    in_constant,
+    messages,
+    written,
+)
 from tests.rules.harness import run
-
-DATA = "model.onnx.data"
-
-
-def external(values: np.ndarray, name: str = "w", **description: object) -> TensorProto:
-    """A tensor without values that says where they lie."""
-    tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": DATA, "offset": 0, "length": values.nbytes, **description}.items():
-        if value is not None:
-            tensor.external_data.add(key=key, value=str(value))
-    return tensor
-
-
-def adding(
-    tensor: TensorProto, nodes: list[onnx.NodeProto] | None = None, functions=(), name: str = "w"
-) -> onnx.ModelProto:
-    """y = x + w, w an initializer, or made by the nodes."""
-    made = model([f"y = Add(x, {name})"], {"x": (1, 4), name: (4,)}, ["y"])
-    del made.graph.input[1]
-    if nodes is None:
-        made.graph.initializer.append(tensor)
-    for node in reversed(nodes or []):
-        made.graph.node.insert(0, node)
-    made.functions.extend(functions)
-    return made
-
-
-def in_constant(tensor: TensorProto) -> onnx.ModelProto:
-    return adding(tensor, [helper.make_node("Constant", [], ["w"], value=tensor)])
-
-
-def in_branches(tensor: TensorProto) -> onnx.ModelProto:
-    """As an initializer of one branch and a Constant of the other."""
-    value = helper.make_tensor_value_info("w", TensorProto.FLOAT, [4])
-    then = helper.make_graph([], "then", [], [value], [tensor])
-    other = helper.make_graph([helper.make_node("Constant", [], ["w"], value=tensor)], "else", [], [value])
-    condition = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.array(True)))
-    return adding(
-        tensor, [condition, helper.make_node("If", ["c"], ["s"], then_branch=then, else_branch=other)], name="s"
-    )
-
-
-def in_function(tensor: TensorProto) -> onnx.ModelProto:
-    body = [helper.make_node("Constant", [], ["v"], value=tensor)]
-    imports = [helper.make_opsetid("", 18)]
-    function = helper.make_function("own", "Weight", [], ["v"], body, imports)
-    made = adding(tensor, [helper.make_node("Weight", [], ["w"], domain="own")], [function])
-    made.opset_import.add(domain="own", version=1)
-    return made
-
-
-def in_default(tensor: TensorProto) -> onnx.ModelProto:
-    """As the default of a function's attribute."""
-    constant = helper.make_node("Constant", [], ["v"])
-    constant.attribute.add(name="value", ref_attr_name="weight", type=onnx.AttributeProto.TENSOR)
-    imports = [helper.make_opsetid("", 18)]
-    default = helper.make_attribute("weight", tensor)
-    function = helper.make_function("own", "Weight", [], ["v"], [constant], imports, attribute_protos=[default])
-    made = adding(tensor, [helper.make_node("Weight", [], ["w"], domain="own")], [function])
-    made.opset_import.add(domain="own", version=1)
-    return made
-
-
-def sparse(tensor: TensorProto) -> onnx.SparseTensorProto:
-    return helper.make_sparse_tensor(tensor, numpy_helper.from_array(np.arange(4), "indices"), [4])
-
-
-def in_sparse(tensor: TensorProto) -> onnx.ModelProto:
-    made = adding(tensor, [])
-    made.graph.sparse_initializer.append(sparse(tensor))
-    return made
-
-
-def in_sparse_constant(tensor: TensorProto) -> onnx.ModelProto:
-    return adding(tensor, [helper.make_node("Constant", [], ["w"], sparse_value=sparse(tensor))])
-
-
-HOLDERS = [adding, in_constant, in_branches, in_function, in_default, in_sparse, in_sparse_constant]
-
-
-def written(made: onnx.ModelProto, folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / "model.onnx"
-    path.write_bytes(made.SerializeToString())
-    return path
-
-
-def external_cnn(folder: Path, **options: object) -> Path:
-    folder.mkdir(exist_ok=True)
-    made = small_cnn(("y = Softmax<axis=1>(z)",), **options)
-    onnx.save(made, folder / "model.onnx", save_as_external_data=True, location=DATA, size_threshold=0)
-    return folder / "model.onnx"
-
-
-# -- where they are ---------------------------------------------------------------------------------------------------
-
-
-def messages(message: Message):
-    """Every tensor of a protobuf message, found by its fields."""
-    if isinstance(message, TensorProto):
-        yield message
-    for field, value in message.ListFields():
-        if field.type == field.TYPE_MESSAGE:
-            for inner in [value] if isinstance(value, Message) else value:
-                yield from messages(inner)
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
@@ -160,42 +62,6 @@ def test_a_location_that_leaves_the_folder_is_refused_everywhere(tmp_path, holde
     assert not (tmp_path / "new.onnx").exists()
 
 
-def test_saving_writes_nothing_outside_the_folder(tmp_path):
-    """The weights lie inside the model's folder by a link, and the same words lead out of the new one's."""
-    home, new = tmp_path / "home", tmp_path / "new"
-    (home / "sub").mkdir(parents=True)
-    new.mkdir()
-    (new / "sub").symlink_to(tmp_path)
-    values = drawn(4)
-    (home / "sub" / "w.bin").write_bytes(values.tobytes())
-    made = adding(external(values, location="sub/w.bin"))
-    with pytest.raises(
-        graphgbp.OutputError, match=f"belong in '{new}/sub/w.bin', and a link there leads out of '{new}'"
-    ):
-        graphgbp.save(made, new / "m.onnx", weights_from=home)
-    assert not (tmp_path / "w.bin").exists()
-
-
-@pytest.mark.parametrize("out", [DATA, "real.bin", "link.bin", f"linked/{DATA}"])
-def test_the_new_file_never_takes_the_place_of_weights(tmp_path, source, converted, out):
-    """Neither in the folder of the source nor where they would be copied to, by whatever name."""
-    content = (source.parent / DATA).read_bytes()
-    (source.parent / DATA).rename(source.parent / "real.bin")
-    (source.parent / DATA).symlink_to("real.bin")
-    (source.parent / "link.bin").symlink_to(DATA)
-    (source.parent / "linked").symlink_to(source.parent)
-    with pytest.raises(graphgbp.OutputError, match=r"is where weights of the model belong.*another name"):
-        graphgbp.save(converted, source.parent / out)
-    assert (source.parent / DATA).read_bytes() == content
-    (tmp_path / "new").mkdir()
-    with pytest.raises(graphgbp.OutputError, match="is where weights of the model belong"):
-        graphgbp.save(converted, tmp_path / "new" / DATA, weights_from=source.parent)
-    assert not list((tmp_path / "new").iterdir())
-    (tmp_path / "hard.bin").hardlink_to(source.parent / "real.bin")
-    with pytest.raises(graphgbp.OutputError, match="is where weights of the model belong"):
-        graphgbp.save(converted, tmp_path / "hard.bin", weights_from=source.parent)
-
-
 def test_what_onnx_runtime_would_refuse_is_refused(tmp_path):
     twice = external(drawn(4))
     twice.external_data.add(key="location", value=DATA)
@@ -229,14 +95,6 @@ def test_a_hub_keeps_weights_elsewhere(tmp_path):
         graphgbp.convert(tmp_path / "snapshot" / "model.onnx")
     shutil.copytree(tmp_path / "snapshot", tmp_path / "copy")
     graphgbp.save(graphgbp.convert(tmp_path / "copy" / "model.onnx"), tmp_path / "copy" / "out.onnx")
-
-
-def test_onnx_runtimes_own_format_is_named(tmp_path):
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "model.ort")
-    onnxruntime.InferenceSession(small_cnn().SerializeToString(), options, providers=["CPUExecutionProvider"])
-    with pytest.raises(ModelFileError, match=r"in ONNX Runtime's own format.*optimized_model_filepath"):
-        graphgbp.inspect(tmp_path / "model.ort")
 
 
 def test_links_inside_the_folder_are_followed(tmp_path):
@@ -457,132 +315,3 @@ def test_large_constants_stay_in_a_raised_model():
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    return external_cnn(tmp_path / "home")
-
-
-@pytest.fixture
-def converted(source) -> onnx.ModelProto:
-    return graphgbp.convert(source, ["saliency"])
-
-
-def loads(path: Path) -> bool:
-    return graphgbp.Explainer(path, device="cpu").explain(drawn(1, 3, 8, 8)).saliency.any()
-
-
-@pytest.mark.parametrize("choice", ["auto", "reference"])
-def test_weights_are_referenced_in_their_own_folder(source, converted, choice):
-    before = (source.parent / DATA).stat()
-    graphgbp.save(converted, source.with_name("out.onnx"), weights_from=source.parent, weights=choice)
-    graphgbp.save(converted, source.with_name("out2.onnx"), weights=choice)
-    assert sorted(os.listdir(source.parent)) == ["model.onnx", DATA, "out.onnx", "out2.onnx"]
-    assert (source.parent / DATA).stat() == before
-    assert loads(source.with_name("out.onnx")) and loads(source.with_name("out2.onnx"))
-
-
-@pytest.mark.parametrize("choice", ["auto", "copy"])
-def test_weights_are_copied_to_another_folder(tmp_path, source, converted, choice):
-    new = tmp_path / "new"
-    new.mkdir()
-    graphgbp.save(converted, new / "out.onnx", weights_from=source.parent, weights=choice)
-    assert (new / DATA).read_bytes() == (source.parent / DATA).read_bytes()
-    shutil.rmtree(source.parent)
-    assert loads(new / "out.onnx")
-
-
-def test_what_cannot_be_had_is_refused(tmp_path, source, converted):
-    """And ONNX Runtime does not load what is refused."""
-    new = tmp_path / "new"
-    new.mkdir()
-    with pytest.raises(graphgbp.RequestError, match=r"needs the folder of the weights.*use weights='copy'"):
-        graphgbp.save(converted, new / "out.onnx", weights_from=source.parent, weights="reference")
-    with pytest.raises(graphgbp.RequestError, match=r"needs another folder.*use weights='reference'"):
-        graphgbp.save(converted, source.with_name("out.onnx"), weights_from=source.parent, weights="copy")
-    with pytest.raises(graphgbp.RequestError, match="choose 'auto', 'reference', 'copy'"):
-        graphgbp.save(converted, new / "out.onnx", weights="link")
-    with pytest.raises(MissingWeightsError, match=r"is not in.*pass weights_from="):
-        graphgbp.save(converted, new / "out.onnx")
-    assert not list(new.iterdir()) and not source.with_name("out.onnx").exists()
-    for tensor in converted.graph.initializer:
-        for entry in tensor.external_data:
-            entry.value = f"../home/{DATA}" if entry.key == "location" else entry.value
-    (new / "out.onnx").write_bytes(converted.SerializeToString())
-    with pytest.raises(ModelFileError, match="leads out of its folder"):
-        graphgbp.Explainer(new / "out.onnx", device="cpu")
-    with pytest.raises(ModelFileError, match="escapes model directory"):
-        graphgbp.runtime.Session(new / "out.onnx", device="cpu")
-
-
-def test_another_file_of_that_name_is_never_overwritten(tmp_path, source, converted):
-    new = tmp_path / "new"
-    new.mkdir()
-    content = bytearray((source.parent / DATA).read_bytes())
-    (new / DATA).write_bytes(content)
-    graphgbp.save(converted, new / "equal.onnx", weights_from=source.parent)
-    content[7] ^= 1
-    (new / DATA).write_bytes(content)
-    with pytest.raises(graphgbp.OutputError, match="is there already and holds something else"):
-        graphgbp.save(converted, new / "out.onnx", weights_from=source.parent)
-    with pytest.raises(ModelFileError, match="does not hold the weights that the model was converted with"):
-        graphgbp.save(converted, new / "out.onnx")
-    assert (new / DATA).read_bytes() == content and not (new / "out.onnx").exists()
-    (new / DATA).unlink()
-    (new / DATA).mkdir()
-    with pytest.raises(graphgbp.OutputError, match="is there already"):
-        graphgbp.save(converted, new / "out.onnx", weights_from=source.parent)
-
-
-def test_a_digest_is_remembered_for_a_file_that_stays(tmp_path, source, monkeypatch):
-    old = (1_000_000_000, 1_000_000_000)
-    os.utime(source.parent / DATA, ns=old)
-    first = graphgbp.convert(source, ["saliency"])
-    monkeypatch.setattr(model_file, "_digest", lambda *_: pytest.fail("read again"))
-    os.utime(source, ns=old)
-    graphgbp.save(first, source.with_name("out.onnx"))
-    monkeypatch.undo()
-    content = bytearray((source.parent / DATA).read_bytes())
-    content[7] ^= 1
-    (source.parent / DATA).write_bytes(content)
-    assert graphgbp.vjp(source) != first
-    with pytest.raises(ModelFileError, match="does not hold the weights"):
-        graphgbp.save(first, source.with_name("out.onnx"))
-
-
-@pytest.mark.parametrize(("whole", "times"), [(False, 1), (True, 2)])
-def test_a_file_just_written_is_read_again_where_its_time_may_not_tell(source, monkeypatch, whole, times):
-    """A file system that writes whole seconds may give two states of a file the same time."""
-    (source.parent / DATA).write_bytes((source.parent / DATA).read_bytes())
-    now = time.time_ns() - 200_000_000
-    changed = now // 10**9 * 10**9 if whole else now | 1
-    os.utime(source.parent / DATA, ns=(changed, changed))
-    digest, read = model_file._digest, []
-    monkeypatch.setattr(model_file, "_digest", lambda file, size: read.append(file.name) or digest(file, size))
-    graphgbp.save(graphgbp.convert(source, ["saliency"]), source.with_name("out.onnx"))
-    assert read.count(str(source.parent / DATA)) == times
-
-
-def test_torchs_exporter_with_external_data(tmp_path):
-    torch = pytest.importorskip("torch")
-    pooled = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 5))
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), *pooled).eval()
-    x = torch.from_numpy(drawn(2, 3, 8, 8)).requires_grad_()
-    torch.onnx.export(net, (x.detach(),), tmp_path / "net.onnx", dynamo=True, external_data=True, verbose=False)
-    graphgbp.save(graphgbp.convert(tmp_path / "net.onnx", ["saliency"]), tmp_path / "out.onnx")
-    assert list(graphgbp.inspect(tmp_path / "out.onnx").weights["external"]) == ["net.onnx.data"]
-    found = graphgbp.Explainer(tmp_path / "out.onnx", device="cpu").explain(x.detach().numpy(), 3).saliency
-    net(x)[:, 3].sum().backward()
-    np.testing.assert_allclose(found, x.grad.numpy(), atol=1e-6)
-
-
-@pytest.mark.parametrize("pieces", [[], [(0, 10)], [(5_000_000, 3)], [(0, 2_500_000), (7_000_000, 1_000_000)]])
-def test_the_digest_of_a_sparse_file_is_that_of_its_bytes(pieces, tmp_path):
-    path = tmp_path / "weights.bin"
-    with path.open("wb") as file:
-        file.truncate(8_000_001)
-        for place, count in pieces:
-            file.seek(place)
-            file.write(np.random.default_rng(place).bytes(count))
-    assert model_file.fingerprint(path, [])["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
