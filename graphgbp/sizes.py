@@ -61,6 +61,9 @@ def _holds_sizes(tensor: gs.Tensor) -> bool:
 
 
 def _are_whole(values: np.ndarray) -> bool:
+    """Whether numbers are whole and exact; integers of any size are, the end of a Slice among them."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return True
     return bool((np.abs(values) < _EXACT).all() and (np.rint(values) == values).all())
 
 

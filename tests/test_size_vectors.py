@@ -62,6 +62,7 @@ def test_sizes_that_torch_computes(network, size):
 WEIGHTS = {
     "k": np.array([-1, 6]), "copy": np.array([0, -1]), "minus": np.array([-1]), "ones": np.array([1, 1]),
     "row": drawn(1, 3), "at0": np.array([0]), "at1": np.array([1]), "c": np.array([2]),
+    "end": np.array([np.iinfo(np.int64).max]),
 }  # fmt: skip
 
 
@@ -74,6 +75,8 @@ WEIGHTS = {
         (["n = Shape<end=1>(x)", "v = Concat<axis=0>(n, minus, c)", "z = Reshape(x, v)"], ("N", 3, 2)),
         (["s = Shape(x)", "n = Gather(s, at0)", "v = Concat<axis=0>(n, c, minus)", "z = Reshape(x, v)"], ("N", 2, 3)),
         (["s = Shape(x)", "n = Slice(s, at0, at1)", "v = Concat<axis=0>(minus, n)", "z = Reshape(x, v)"], None),
+        (["s = Shape(x)", "n = Slice(s, minus, end)", "v = Concat<axis=0>(minus, n)", "z = Reshape(x, v)"],
+         ("(N*2)", 3)),
         (
             ["n = Shape<end=1>(x)", "v = Concat<axis=0>(n, minus)", "e = Equal(v, minus)", "w = Where(e, ones, v)",
              "z = Expand(row, w)"],
