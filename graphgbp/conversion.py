@@ -19,7 +19,7 @@ from graphgbp.maps import Plan, make_maps
 from graphgbp.options import AUTO, DEFAULT_METHODS, Options, Request, names
 from graphgbp.prepare import prepare
 from graphgbp.score import Score
-from graphgbp.source import ModelLike, open_source, weights_folder
+from graphgbp.source import ModelLike, Source, open_source
 
 
 def convert(
@@ -82,13 +82,18 @@ def convert(
         interpolate_mode=interpolate_mode,
         relu_attributions=relu_attributions,
     )
-    source, record = open_source(model)
-    analysis = Analysis(prepare(source, weights_folder(model)), options.request)
+    with open_source(model) as source:
+        return _append_explanation(source, options)
+
+
+def _append_explanation(source: Source, options: Options) -> onnx.ModelProto:
+    model = source.model
+    analysis = Analysis(prepare(model, source.folder), options.request)
     analysis.refuse_unexplainable()
     plan = Plan(options, analysis, _layers(analysis, options) if options.needs_layer else {})
 
     g = Emitter(analysis.view.graph, analysis.view.opset)
-    taken = model_file.taken_names(source)
+    taken = model_file.taken_names(model)
     inputs_of = _target_inputs(options, analysis.score, taken)
     seed = targets.seed(g, analysis.score, inputs_of)
     results = {
@@ -101,11 +106,11 @@ def convert(
     for role, output_tensor in zip(results, outputs, strict=True):
         if role in (contract.TARGET_CLASS, contract.TARGET_SCORE):
             output_tensor.shape = (analysis.score.tensor.shape[0] if analysis.score.per_image else 1,)
-    append_checked(source, analysis.view, g, list(inputs_of.values()), outputs)
+    append_checked(model, analysis.view, g, list(inputs_of.values()), outputs)
     if options.request.target == "optional":
-        _default_targets(source, analysis.score, inputs_of)
-    model_file.append_metadata(source, _manifest(plan, public, record))
-    return source
+        _default_targets(model, analysis.score, inputs_of)
+    model_file.append_metadata(model, _manifest(plan, public, source.record()))
+    return model
 
 
 def _layers(analysis: Analysis, options: Options) -> dict[str, Layer]:

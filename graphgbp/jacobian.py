@@ -1,7 +1,6 @@
 """The vector-Jacobian product of any outputs by any inputs, appended to a model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from graphgbp.contract import Manifest, public_names
 from graphgbp.emit import Emitter
 from graphgbp.errors import ModelFileError, RequestError
 from graphgbp.prepare import prepare
-from graphgbp.source import ModelLike, open_source, weights_folder
+from graphgbp.source import ModelLike, Source, open_source
 from graphgbp.view import View
 
 
@@ -30,32 +29,26 @@ def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence
 
     Raises UnsupportedOperatorError, RequestError for a name that is no float input or output, ModelFileError.
     """
-    source, record = open_source(model)
-    return append_vjp(source, record, weights_folder(model), inputs, outputs)
+    with open_source(model) as source:
+        return append_vjp(source, inputs, outputs)
 
 
-def append_vjp(
-    source: onnx.ModelProto,
-    record: dict[str, Any],
-    folder: Path | None,
-    inputs: Sequence[str] | None,
-    outputs: Sequence[str] | None,
-) -> onnx.ModelProto:
-    """`vjp` of a model of our own, which is changed; `record` is what the manifest says of its source."""
-    view = prepare(source, folder)
+def append_vjp(source: Source, inputs: Sequence[str] | None, outputs: Sequence[str] | None) -> onnx.ModelProto:
+    """`vjp` of a model of our own, which is changed."""
+    model, view = source.model, prepare(source.model, source.folder)
     g = Emitter(view.graph, view.opset)
     wanted = _choose(inputs, view.graph.inputs, "input")
     seeded = _choose(outputs, view.graph.outputs, "output")
     roles = [f"{y.name}_grad" for y in seeded] + [f"{x.name}_grad" for x in wanted]
-    names = public_names(model_file.taken_names(source), roles)
+    names = public_names(model_file.taken_names(model), roles)
     given = {y.name: gs.Variable(names[f"{y.name}_grad"], _own_type(view, y), y.shape) for y in seeded}
     seeds = {y.name: g.cast(given[y.name], y.dtype) for y in seeded}
     found = backward(g, view, seeds, [x.name for x in wanted], table_of(view), "vjp")
     gradients = {x.name: g.cast(found.get(x.name) or g.zeros_like(x), _own_type(view, x)) for x in wanted}
     results = [g.name_output(gradient, names[f"{name}_grad"]) for name, gradient in gradients.items()]
-    append_checked(source, view, g, list(given.values()), results)
-    model_file.append_metadata(source, Manifest(kind="vjp", graphgbp=__version__, names=names, **record))
-    return source
+    append_checked(model, view, g, list(given.values()), results)
+    model_file.append_metadata(model, Manifest(kind="vjp", graphgbp=__version__, names=names, **source.record()))
+    return model
 
 
 def _own_type(view: View, tensor: gs.Tensor) -> np.dtype[Any]:

@@ -1,19 +1,17 @@
 """Load, check, fingerprint and save model files; external data; the manifest's place in the file."""
 
 import filecmp
-import hashlib
 import mmap
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
+from graphgbp import digests
 from graphgbp.contract import MANIFEST_KEY, Manifest
 from graphgbp.errors import AlreadyConvertedError, MissingWeightsError, ModelFileError, OutputError, RequestError
 from graphgbp.files import copy_whole, write_whole
@@ -24,11 +22,6 @@ Weights: TypeAlias = Literal["auto", "reference", "copy"]
 WEIGHTS: tuple[Weights, ...] = ("auto", "reference", "copy")
 
 _ORT_FORMAT = b"ORTM"
-_digests: dict[tuple[int, ...], str] = {}
-_CHUNK = 2**20  # bytes
-_SECOND = 10**9  # nanoseconds, as the next two
-_TICK = _SECOND // 10  # longer than the clock of a file system that writes fractions of a second takes for a tick
-_LONGEST_TICK = 2 * _SECOND
 
 
 def load(path: PathLike) -> onnx.ModelProto:
@@ -90,49 +83,12 @@ def _escaped(text: bytes) -> bytes:
 def fingerprint(model: PathLike | onnx.ModelProto, locations: Sequence[str]) -> dict[str, Any]:
     """sha256 of a model and of each file of its external data, as the manifest records them."""
     if isinstance(model, onnx.ModelProto):
-        return {"sha256": hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()}
+        return {"sha256": digests.of_model(model)}
     path = Path(model)
-    source: dict[str, Any] = {"sha256": _sha256(path)}
+    source: dict[str, Any] = {"sha256": digests.of_file(path)}
     if locations:
-        source["external_data"] = {location: _sha256(locate(path.parent, location)) for location in locations}
+        source["external_data"] = {location: digests.of_file(locate(path.parent, location)) for location in locations}
     return source
-
-
-def _sha256(path: Path) -> str:
-    """Remembered as long as the file stays as it is; for one that was just written its time does not tell."""
-    state = path.stat()
-    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
-    if key not in _digests:
-        tick = _TICK if state.st_mtime_ns % _SECOND else _LONGEST_TICK
-        settled = time.time_ns() - state.st_mtime_ns > tick
-        with path.open("rb", buffering=0) as file:
-            digest = _digest(file, state.st_size)
-        if not settled:
-            return digest
-        _digests[key] = digest
-    return _digests[key]
-
-
-def _digest(file: FileIO, size: int) -> str:
-    """sha256 of a file; what a sparse one leaves out is not read, but counted as the zeros it stands for."""
-    if not hasattr(os, "SEEK_HOLE"):
-        return hashlib.file_digest(file, "sha256").hexdigest()
-    digest, zeros, place = hashlib.sha256(), bytes(_CHUNK), 0
-    buffer = memoryview(bytearray(_CHUNK))
-    while place < size:
-        try:
-            data = os.lseek(file.fileno(), place, os.SEEK_DATA)
-        except OSError:  # nothing but a hole up to the end
-            data = size
-        while place < data:
-            digest.update(zeros[: data - place])
-            place += min(_CHUNK, data - place)
-        end = os.lseek(file.fileno(), data, os.SEEK_HOLE) if data < size else size
-        file.seek(data)
-        while place < end and (count := file.readinto(buffer[: end - place])):
-            digest.update(buffer[:count])
-            place += count
-    return digest.hexdigest()
 
 
 def read_manifest(model: onnx.ModelProto) -> Manifest | None:
@@ -245,7 +201,7 @@ def _refuse_other_weights(model: onnx.ModelProto, folder: Path) -> None:
     """The files are those that the manifest names: another model's may have the same names and sizes."""
     manifest = read_manifest(model)
     for location, sha256 in (manifest.source if manifest else {}).get("external_data", {}).items():
-        if _sha256(folder / location) != sha256:
+        if digests.of_file(folder / location) != sha256:
             raise ModelFileError(
                 f"'{folder / location}' does not hold the weights that the model was converted with; pass "
                 "weights_from=<the folder of its source>, or convert it again"

@@ -1,7 +1,10 @@
 """The model a conversion starts from: a copy of our own, at an opset the rules were written for."""
 
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,21 +29,32 @@ _LAYOUTS = {
 }
 
 
-def open_source(model: ModelLike) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """A copy of a model to append to, and what the manifest says of its source."""
-    if isinstance(model, onnx.ModelProto):
-        source = onnx.ModelProto()
-        source.CopyFrom(model)
-        name = "the model"
-    else:
-        source = read(model)
-        name = f"'{model}'"
-    model_file.refuse_converted(source, name)
-    locations = external_locations(source)
+@dataclass(frozen=True)
+class Source:
+    """A model to append to, the folder of its external data, and what the manifest says of where it comes from."""
+
+    model: onnx.ModelProto
+    folder: Path | None
+    record: Callable[[], dict[str, Any]]
+
+
+@contextmanager
+def open_source(model: ModelLike) -> Iterator[Source]:
+    """A copy of a model, or what a path leads to. The digest of the original is taken beside what is done with it."""
+    name = "the model" if isinstance(model, onnx.ModelProto) else f"'{model}'"
+    given, folder = read(model), weights_folder(model)
+    model_file.refuse_converted(given, name)
+    locations = external_locations(given)
     with ThreadPoolExecutor(1) as beside:
         fingerprint = beside.submit(model_file.fingerprint, model, locations)
-        source, opset = raised(source, weights_folder(model), in_place=True)
-    return source, {"source": fingerprint.result(), "opset": opset}
+        copy, opset = raised(_copy(given) if given is model else given, folder, in_place=True)
+        yield Source(copy, folder, lambda: {"source": fingerprint.result(), "opset": opset})
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 def read(model: ModelLike) -> onnx.ModelProto:

@@ -10,7 +10,7 @@ PACKAGE = Path(graphgbp.__file__).parent
 FLOORS = [
     ["errors", "contract", "symbols", "_version", "kernels"],
     ["shapes"],
-    ["files", "weights"],
+    ["files", "weights", "digests"],
     ["emit", "registry", "model_file", "patterns"],
     ["masks", "nodes", "curves", "sizes", "forms"],
     ["rules", "branches", "functions", "smooth", "plain", "stored", "folding"],

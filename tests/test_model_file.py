@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 import graphgbp
-from graphgbp import MissingWeightsError, ModelFileError, model_file
+from graphgbp import MissingWeightsError, ModelFileError, digests, model_file
 from tests.build import drawn, small_cnn
 from tests.external_data import (
     DATA,
@@ -146,7 +146,7 @@ def test_a_digest_is_remembered_for_a_file_that_stays(tmp_path, source, monkeypa
     old = (1_000_000_000, 1_000_000_000)
     os.utime(source.parent / DATA, ns=old)
     first = graphgbp.convert(source, ["saliency"])
-    monkeypatch.setattr(model_file, "_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(digests, "_digest", lambda *_: pytest.fail("read again"))
     os.utime(source, ns=old)
     graphgbp.save(first, source.with_name("out.onnx"))
     monkeypatch.undo()
@@ -165,8 +165,8 @@ def test_a_file_just_written_is_read_again_where_its_time_may_not_tell(source, m
     now = time.time_ns() - 200_000_000
     changed = now // 10**9 * 10**9 if whole else now | 1
     os.utime(source.parent / DATA, ns=(changed, changed))
-    digest, read = model_file._digest, []
-    monkeypatch.setattr(model_file, "_digest", lambda file, size: read.append(file.name) or digest(file, size))
+    digest, read = digests._digest, []
+    monkeypatch.setattr(digests, "_digest", lambda file, size: read.append(file.name) or digest(file, size))
     graphgbp.save(graphgbp.convert(source, ["saliency"]), source.with_name("out.onnx"))
     assert read.count(str(source.parent / DATA)) == times
 
@@ -193,3 +193,17 @@ def test_the_digest_of_a_sparse_file_is_that_of_its_bytes(pieces, tmp_path):
             file.seek(place)
             file.write(np.random.default_rng(place).bytes(count))
     assert model_file.fingerprint(path, [])["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_digest_of_a_model_is_that_of_its_file(tmp_path):
+    """Weights in every form that protobuf has for them, some of them empty, and fields before and behind the graph."""
+    made = small_cnn()
+    made.metadata_props.add(key="author", value="somebody")
+    made.graph.doc_string = "behind the weights"
+    made.graph.initializer.append(onnx.helper.make_tensor("spelled out", onnx.TensorProto.FLOAT, [2], [1.0, 2.0]))
+    made.graph.initializer.append(onnx.helper.make_tensor("empty", onnx.TensorProto.INT64, [0], b"", raw=True))
+    made.graph.initializer[0].doc_string = "behind the values"
+    made.functions.add(name="unused", domain="own")
+    for model in (made, onnx.ModelProto(), onnx.ModelProto.FromString(b"\xc2\x3e\x03new" + made.SerializeToString())):
+        content = model.SerializeToString(deterministic=True)
+        assert digests.of_model(model) == hashlib.sha256(content).hexdigest()

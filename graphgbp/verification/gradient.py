@@ -19,6 +19,7 @@ from graphgbp.errors import GraphgbpError
 from graphgbp.jacobian import append_vjp
 from graphgbp.model_file import read_manifest
 from graphgbp.prepare import prepare
+from graphgbp.source import Source
 from graphgbp.verification.differences import (
     DOUBLE,
     FLOAT32,
@@ -138,7 +139,7 @@ def _input_claim(subject: Subject) -> Claim:
 def _claim_afresh(subject: Subject, z: str, inputs: Sequence[str]) -> Claim:
     is_there = any(z in node.output for node in subject.whole_forward.graph.node)
     part = part_for(subject.whole_forward if is_there else subject.graph, [z])
-    afresh = append_vjp(part, {"source": {}}, subject.weights_folder, inputs, [z])
+    afresh = append_vjp(Source(part, subject.weights_folder, lambda: {"source": {}}), inputs, [z])
     made = read_manifest(afresh)
     assert made is not None
     words = "the engine's gradient for this model (the file holds none by the input)"

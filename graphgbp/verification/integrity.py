@@ -9,6 +9,7 @@ import onnx
 
 from graphgbp import contract, model_file
 from graphgbp.analysis import surrogates_among
+from graphgbp.digests import set_field
 from graphgbp.equivalence import Feeds, RunError
 from graphgbp.image import find_images
 from graphgbp.rectifiers import Activations
@@ -96,17 +97,10 @@ def _rest(model: onnx.ModelProto) -> onnx.ModelProto:
         if field.name == "graph":
             for inner, part in value.ListFields():
                 if inner.name not in ("node", "initializer", "input", "output"):
-                    _set(rest.graph, inner.name, part)
+                    set_field(rest.graph, inner.name, part)
         elif field.name != "metadata_props":
-            _set(rest, field.name, value)
+            set_field(rest, field.name, value)
     return rest
-
-
-def _set(message: Any, name: str, value: Any) -> None:
-    if isinstance(value, str | int):
-        setattr(message, name, value)
-    else:
-        getattr(message, name).MergeFrom(value)
 
 
 def _bytes(message: Any) -> bytes:
