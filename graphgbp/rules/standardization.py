@@ -17,19 +17,39 @@ import onnx_graphsurgeon as gs
 from graphgbp.emit import Emitter
 from graphgbp.registry import Cotangent, vjp
 from graphgbp.rules.refusals import unknown_rank
+from graphgbp.shapes import is_static
+
+
+_LAYER_NORMALIZATION_SINCE = 17  # the opset from which ONNX has the operator
 
 
 class _Standardized:
-    """x^ = (x - mean) / sqrt(variance + epsilon) over axes; without `centred`, x / sqrt(mean(x^2) + epsilon)."""
+    """x^ = (x - mean) r with r = 1 / sqrt(variance + epsilon) over axes; without `centred`, x / sqrt(mean(x^2) + epsilon).
+
+    In float32, over the last axes and with known sizes, one LayerNormalization without scale gives x^ and r; else seven
+    nodes do. Double is among those: there the operator gives r as float32.
+    """
 
     def __init__(self, g: Emitter, x: gs.Tensor, axes: Sequence[int], epsilon: float, centred: bool = True) -> None:
         self._g, self._axes, self._dtype = g, axes, x.dtype
         self._centred = centred
         wide = g.cast(x, np.float32 if np.dtype(x.dtype).itemsize < 4 else x.dtype)
-        deviation = self._less_mean(wide)
-        variance = g.reduce_mean(g.mul(deviation, deviation), axes)
-        self._deviation = g.sqrt(g.add(variance, g.like(wide, epsilon)))
-        self._value = g.with_shape(g.div(deviation, self._deviation), x)
+        whole = centred and g.opset >= _LAYER_NORMALIZATION_SINCE and _are_last(axes, x) and wide.dtype == np.float32
+        value, self._inverse = self._in_one(wide, epsilon) if whole else self._by_moments(wide, epsilon)
+        self._value = g.with_shape(value, x)
+
+    def _in_one(self, x: gs.Tensor, epsilon: float) -> tuple[gs.Tensor, gs.Tensor]:
+        g, axis = self._g, self._axes[0]
+        ones = g.op("Expand", g.like(x, 1), g.ints(x.shape[axis:]))
+        value, _, inverse = g.ops("LayerNormalization", x, ones, outputs=3, axis=axis, epsilon=epsilon)
+        return value, inverse
+
+    def _by_moments(self, x: gs.Tensor, epsilon: float) -> tuple[gs.Tensor, gs.Tensor]:
+        g = self._g
+        deviation = self._less_mean(x)
+        variance = g.reduce_mean(g.mul(deviation, deviation), self._axes)
+        inverse = g.op("Reciprocal", g.sqrt(g.add(variance, g.like(x, epsilon))))
+        return g.mul(deviation, inverse), inverse
 
     @property
     def value(self) -> gs.Tensor:
@@ -41,7 +61,7 @@ class _Standardized:
         g = self._g
         dvalue = g.cast(dvalue, self._value.dtype)
         along = g.mul(self._value, g.reduce_mean(g.mul(dvalue, self._value), self._axes))
-        dx = g.div(g.sub(self._less_mean(dvalue), along), self._deviation)
+        dx = g.mul(g.sub(self._less_mean(dvalue), along), self._inverse)
         return g.cast(g.with_shape(dx, self._value), self._dtype)
 
     def _less_mean(self, x: gs.Tensor) -> gs.Tensor:
@@ -119,6 +139,11 @@ def _scaled(g: Emitter, standard: _Standardized, dy: gs.Tensor, scale: gs.Tensor
         lambda: standard.vjp(g.with_shape(g.mul(dy, scale), x)),
         lambda: g.mul(dy, standard.value),
     ]
+
+
+def _are_last(axes: Sequence[int], x: gs.Tensor) -> bool:
+    """Whether these are the last axes of x, all of known size."""
+    return list(axes) == list(range(axes[0], len(x.shape))) and is_static(x.shape[axes[0] :])
 
 
 def _axes_from(node: gs.Node) -> range:
