@@ -6,7 +6,7 @@ tensor gets its type from ONNX's own inference, so a malformed node fails where 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx import helper
 
 from graphgbp.contract import SCOPE
-from graphgbp.shapes import Dim, TensorType, infer_node, is_static
+from graphgbp.shapes import TensorType, infer_node, is_static
 
 Operand: TypeAlias = gs.Tensor | np.ndarray
 Size: TypeAlias = int | gs.Tensor  # a size known now, or an int64 tensor of shape [1]
@@ -172,7 +172,7 @@ class Emitter:
         return self._fold("Sub", a, b)
 
     def mul(self, a: Operand, b: Operand) -> gs.Tensor:
-        return self._fold("Mul", a, b)
+        return self._rescaled(a, b) or self._rescaled(b, a) or self._fold("Mul", a, b)
 
     def maximum(self, a: Operand, b: Operand) -> gs.Tensor:
         return self._fold("Max", a, b)
@@ -181,15 +181,30 @@ class Emitter:
         return self._fold("Min", a, b)
 
     def div(self, a: Operand, b: Operand) -> gs.Tensor:
-        return self.op("Div", a, b)
+        return self._rescaled(a, b, divide=True) or self.op("Div", a, b)
 
     def scale(self, x: gs.Tensor, factor: float) -> gs.Tensor:
         return x if factor == 1 else self.mul(x, self.like(x, factor))
 
+    def unscaled(self, x: gs.Tensor) -> tuple[gs.Tensor, float]:
+        """What x is a multiple of, and the factor: a rule that multiplies on may apply it once, at its end."""
+        if id(x) in self._keys and x.inputs[0].op == "Mul" and x.shape is not None:
+            for tensor, factor in (x.inputs[0].inputs, x.inputs[0].inputs[::-1]):
+                if _is_number(factor) and tensor.shape is not None and tuple(tensor.shape) == tuple(x.shape):
+                    return tensor, float(factor.values.item())
+        return x, 1.0
+
+    def _rescaled(self, x: Operand, by: Operand, divide: bool = False) -> gs.Tensor | None:
+        """x times a number, or by it, where x is a multiple already: one factor for both, if their type has it."""
+        if not isinstance(x, gs.Variable) or not _is_number(by) or not by.values.all():
+            return None
+        (tensor, factor), number, limits = self.unscaled(x), float(by.values.item()), np.finfo(x.dtype)
+        both = factor / number if divide else factor * number
+        fits = tensor is not x and float(limits.tiny) <= abs(both) <= float(limits.max)
+        return self.op("Mul", tensor, self.like(x, both)) if fits else None
+
     def sum(self, terms: Sequence[gs.Tensor]) -> gs.Tensor:
-        if len(terms) == 1:
-            return terms[0]
-        return self.add(*terms) if len(terms) == 2 else self.op("Sum", *terms)
+        return terms[0] if len(terms) == 1 else self.add(*terms) if len(terms) == 2 else self.op("Sum", *terms)
 
     def neg(self, x: gs.Tensor) -> gs.Tensor:
         return self.op("Neg", x)
@@ -375,8 +390,9 @@ def variable(name: str, kind: TensorType | None) -> gs.Variable:
     return gs.Variable(name, helper.tensor_dtype_to_np_dtype(kind.elem_type), kind.shape)
 
 
-def symbolic(shape: Sequence[Dim]) -> bool:
-    return any(isinstance(size, str) for size in shape)
+def _is_number(tensor: Operand) -> TypeGuard[gs.Constant]:
+    """Whether this is one real number, which broadcasts to anything."""
+    return isinstance(tensor, gs.Constant) and tuple(tensor.shape) in ((), (1,)) and tensor.values.dtype.kind == "f"
 
 
 def _is_small_constant(tensor: gs.Tensor) -> bool:

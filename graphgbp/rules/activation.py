@@ -176,10 +176,9 @@ def gelu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
 
 
 def _normal_by_erf(g: Emitter, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
-    """P = (1 + erf(x / sqrt 2)) / 2, and x P' = x exp(-x^2 / 2) / sqrt(2 pi)"""
-    p = g.scale(g.add(g.op("Erf", g.scale(x, sqrt(1 / 2))), g.like(x, 1)), 1 / 2)
-    density = g.scale(g.op("Exp", g.scale(g.mul(x, x), -1 / 2)), 1 / sqrt(2 * pi))
-    return p, g.mul(x, density)
+    """P = (1 + erf(t)) / 2 and x P' = t / exp(t^2) / sqrt(pi), with t = x / sqrt(2)"""
+    t = g.scale(x, sqrt(1 / 2))
+    return _half_of_one_more(g, g.op("Erf", t)), g.scale(g.div(t, g.op("Exp", g.mul(t, t))), 1 / sqrt(pi))
 
 
 def _normal_by_tanh(g: Emitter, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
@@ -190,7 +189,14 @@ def _normal_by_tanh(g: Emitter, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
     a, b = sqrt(2 / pi), 0.044715
     x = g.maximum(g.minimum(x, g.like(x, 10)), g.like(x, -10))
     square = g.mul(x, x)
-    t = g.op("Tanh", g.scale(g.mul(x, g.add(g.scale(square, b), g.like(x, 1))), a))
+    t = g.op("Tanh", g.mul(x, g.add(g.scale(square, a * b), g.like(x, a))))
     steepness = g.add(g.scale(square, 3 * a * b / 2), g.like(x, a / 2))
     slope = g.mul(g.mul(x, g.sub(g.like(x, 1), g.mul(t, t))), steepness)
-    return g.scale(g.add(t, g.like(x, 1)), 1 / 2), slope
+    return _half_of_one_more(g, t), slope
+
+
+def _half_of_one_more(g: Emitter, x: gs.Tensor) -> gs.Tensor:
+    """(1 + x) / 2 for x between -1 and 1: in float32 by HardSigmoid, in one pass."""
+    if x.dtype == np.float32:
+        return g.op("HardSigmoid", x, alpha=0.5, beta=0.5)
+    return g.scale(g.add(x, g.like(x, 1)), 1 / 2)

@@ -162,9 +162,10 @@ def reciprocal(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
 
 @vjp("Erf", versions=(13,))
 def erf(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
-    """d erf(x) = 2 / sqrt(pi) exp(-x^2) dx"""
+    """d erf(x) = 2 / sqrt(pi) dx / exp(x^2); a factor of dy is applied with that number, in one pass"""
     (x,) = node.inputs
-    return [g.mul(dy, g.scale(g.op("Exp", g.neg(g.mul(x, x))), 2 / math.sqrt(math.pi)))]
+    dy, factor = g.unscaled(dy)
+    return [g.scale(g.div(dy, g.op("Exp", g.mul(x, x))), factor * 2 / math.sqrt(math.pi))]
 
 
 @vjp("Identity", versions=(16, 19, 21, 23, 24, 25))

@@ -19,12 +19,11 @@ from graphgbp.registry import Cotangent, vjp
 from graphgbp.rules.refusals import unknown_rank
 from graphgbp.shapes import is_static
 
-
 _LAYER_NORMALIZATION_SINCE = 17  # the opset from which ONNX has the operator
 
 
 class _Standardized:
-    """x^ = (x - mean) r with r = 1 / sqrt(variance + epsilon) over axes; without `centred`, x / sqrt(mean(x^2) + epsilon).
+    """x^ = (x - mean) r with r = 1 / sqrt(variance + epsilon) over axes; uncentred, x / sqrt(mean(x^2) + epsilon).
 
     In float32, over the last axes and with known sizes, one LayerNormalization without scale gives x^ and r; else seven
     nodes do. Double is among those: there the operator gives r as float32.

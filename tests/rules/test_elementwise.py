@@ -4,6 +4,7 @@ import torch
 
 import graphgbp
 from graphgbp.errors import UnsupportedOperatorError
+from tests.build import model
 from tests.rules.harness import check_rule, normal, run, run_by_reference, single_op
 
 OPSETS = (16, 19, 21, 23, 24, 26)  # each has another version of Identity and Cast
@@ -120,6 +121,47 @@ def test_erf(dynamic, opset):
     x = normal(3, 4, 5, seed=1)
     check_rule("Erf", [2 * x], torch.erf, opset=opset, dynamic=dynamic)
     check_rule("Erf", [x.astype(np.float64)], torch.erf, opset=opset, evaluate=run_by_reference, tolerance=1e-7)
+
+
+GELU = ["t = Div(x, root)", "e = Erf(t)", "s = Add(e, one)", "p = Mul(half, s)", "y = Mul(x, p)"]
+NUMBERS = {"root": np.float32(np.sqrt(2)), "one": np.float32(1), "half": np.float32(0.5)}
+
+
+def test_numbers_meet_in_one_factor():
+    """A GELU written out: 1/2, 2/sqrt(pi) and 1/sqrt(2) multiply its cotangent once, as they do not one by one."""
+    made = model(GELU, {"x": ["N", 64]}, ["y"], NUMBERS)
+    explained = graphgbp.vjp(made)
+    added = [node.op_type for node in explained.graph.node[len(GELU) :] if node.op_type != "Identity"]
+    assert sorted(added) == ["Add", "Div", "Exp", "Mul", "Mul", "Mul", "Mul"]
+    x, dy = 3 * normal(4, 64), normal(4, 64, seed=1)
+    exact = torch.from_numpy(x.astype(np.float64)).requires_grad_()
+    torch.nn.functional.gelu(exact).backward(torch.from_numpy(dy).double())
+    got = run(explained, {"x": x, "y_grad": dy})["x_grad"]
+    np.testing.assert_allclose(got, exact.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        ["a = Mul(x, huge)", "y = Mul(a, huge)"],
+        ["a = Mul(x, tiny)", "y = Mul(a, tiny)"],
+        ["a = Mul(x, nought)", "y = Mul(a, huge)"],
+        ["a = Mul(x, row)", "y = Mul(a, huge)"],
+    ],
+    ids=["beyond float32", "below float32", "zero", "no number"],
+)
+def test_numbers_that_do_not_meet(nodes):
+    """Where their product is none of float32's, they multiply one by one."""
+    weights = {"huge": np.float32(1e30), "tiny": np.float32(1e-30), "nought": np.float32(0), "row": normal(4)}
+    explained = graphgbp.vjp(model(nodes, {"x": [3, 4]}, ["y"], weights))
+    assert [node.op_type for node in explained.graph.node[2:]] == ["Mul", "Mul", "Identity"]
+    got = run(explained, {"x": normal(3, 4), "y_grad": np.full((3, 4), 1e-20, np.float32)})["x_grad"]
+    names = [node.split("(")[1].rstrip(")").split(", ")[1] for node in nodes]
+    expected = np.full((3, 4), 1e-20) * np.prod(
+        [np.broadcast_to(weights[name], (3, 4)) for name in names], 0, np.float64
+    )
+    assert np.isfinite(got[np.abs(expected) < 1e38]).all()
+    np.testing.assert_allclose(got[np.abs(expected) < 1e38], expected[np.abs(expected) < 1e38], rtol=1e-6, atol=1e-38)
 
 
 UNARY = [

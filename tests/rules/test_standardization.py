@@ -74,6 +74,21 @@ def test_layer_normalization(axis, wrt, dynamic, opset):
     check_rule("LayerNormalization", inputs, reference, wrt=wrt, dynamic=dynamic, opset=opset, **attributes)
 
 
+@pytest.mark.parametrize("offset", [0, 30])
+def test_its_statistics_by_one_node_or_by_seven(offset, monkeypatch):
+    """The operator itself gives x^ and 1 / deviation; the moments written out say the same."""
+    x, scale, bias = _inputs((2, 5, 96), (96,), (96,))
+    made = single_op("LayerNormalization", [x + offset, scale, bias], opset=18, constants=(1, 2))
+    feeds = {"x0": x + np.float32(offset), "y0_grad": normal(2, 5, 96, seed=9)}
+    lowered = graphgbp.vjp(made)
+    monkeypatch.setattr("graphgbp.rules.standardization._LAYER_NORMALIZATION_SINCE", 99)
+    simple = graphgbp.vjp(made)
+    assert [[node.op_type for node in m.graph.node].count("LayerNormalization") for m in (lowered, simple)] == [2, 1]
+    assert len(lowered.graph.node) == len(simple.graph.node) - 6
+    found, expected = (run(m, feeds)["x0_grad"] for m in (lowered, simple))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=(1 + offset) * 1e-6)
+
+
 def test_layer_normalization_without_bias():
     reference = lambda x, scale: functional.layer_norm(x, (4,), scale, None, 0.1)  # noqa: E731
     check_rule("LayerNormalization", _inputs((2, 3, 4), (4,)), reference, wrt=(0, 1), epsilon=0.1)
