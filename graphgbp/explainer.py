@@ -1,6 +1,6 @@
 """Explainer: convert a model where it is still plain, run it on images, hand back the maps."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,6 +8,7 @@ import onnx
 from google.protobuf.message import EncodeError
 
 from graphgbp import contract, feeds, model_file
+from graphgbp.ahead import taken_ahead
 from graphgbp.contract import Manifest
 from graphgbp.conversion import convert
 from graphgbp.errors import (
@@ -23,6 +24,9 @@ from graphgbp.runtime import Answer, Session
 from graphgbp.source import ModelLike, read, weights_folder
 from graphgbp.weights import external_locations
 
+_BATCH = {"cpu": 4, "cuda": 8}
+"""Images in one run: what is kept for the backward pass leaves the CPU's caches at more (docs/folders.md)."""
+
 Arrays: TypeAlias = dict[str, np.ndarray]
 
 __all__ = ["Explainer", "Ranked", "Result"]
@@ -36,7 +40,8 @@ class Explainer:
         methods: as `graphgbp.convert` takes them; by default `guided_gradcam`, `gradcam` and `guided_backprop`, or all
             that a converted file holds.
         device: "auto" (CUDA where it loads, else the CPU; `explainer.device` says which), "cpu", "cuda", "cuda:1".
-        batch_size: how many images are run at once; more are split. A model exported for a fixed batch runs that one.
+        batch_size: how many images are run at once; more are split. By default 4 on the CPU, whose caches hold no more,
+            and 8 on CUDA. A model exported for a fixed batch runs that one.
         threads: how many CPU threads at most; by default ONNX Runtime decides.
         tf32: let CUDA round float32 products to TF32, faster and good to about 1e-3.
         **convert_options: as `graphgbp.convert` takes them (`target_layer`, `score`, ...), for a plain model.
@@ -52,13 +57,13 @@ class Explainer:
         methods: Sequence[str] | None = None,
         *,
         device: str = "auto",
-        batch_size: int = 8,
+        batch_size: int | None = None,
         threads: int | None = None,
         tf32: bool = False,
         **convert_options: Any,
     ) -> None:
         self._source = _checked_model(model)
-        self._batch_size = _positive(batch_size)
+        self._batch_size = None if batch_size is None else _positive(batch_size)
         self._run_options: dict[str, Any] = {"threads": threads, "tf32": tf32}
         methods = (methods,) if isinstance(methods, str) else methods
         manifest = _manifest_of(model)
@@ -98,6 +103,13 @@ class Explainer:
         return self.manifest.input
 
     @property
+    def batch_size(self) -> int:
+        """How many images one run takes: as the Explainer was told, or what the model was exported for."""
+        if not self.manifest.score["per_image"]:
+            return 1
+        return _fixed_batch(self.manifest) or self._batch_size or _BATCH[self.device.partition(":")[0]]
+
+    @property
     def classes(self) -> int | None:
         """How many classes there are; None where the model leaves it open."""
         return self.manifest.score["classes"]
@@ -126,9 +138,11 @@ class Explainer:
         inputs = feeds.read_inputs(images, self.manifest.inputs, self._session.inputs)
         images = inputs[self.input["name"]]
         session, request, classes = self._request(targets, mask, position, len(images))
-        size = _fixed_batch(self.manifest) or (self._batch_size if batch_size is None else _positive(batch_size))
+        size = self.batch_size
         if not self.manifest.score["per_image"]:
             size = _one_run(self.manifest, len(images))
+        elif batch_size is not None and _fixed_batch(self.manifest) is None:
+            size = _positive(batch_size)
         answers = list(self._run(session, inputs, request, len(images), size))
         roles = _joined([answer.roles for answer in answers], size)
         outputs = _joined([answer.outputs for answer in answers], size, self._perhaps_constant(session))
@@ -140,6 +154,21 @@ class Explainer:
             maps=roles,
             manifest=self.manifest,
         )
+
+    def explain_batches(self, batches: Iterable[Any]) -> Iterator[Result]:
+        """Explain a stream of batches, one Result for each, in order; the next batch is taken while one is explained.
+
+        Memory does not grow with the number of batches where the caller lets each Result go.
+
+        Args:
+            batches: each as `explain` takes images, or a pair (images, targets) as a tuple or a list, as torch's
+                DataLoader yields them. They are taken by a background thread, one ahead.
+
+        Raises what `explain` raises, and what `batches` itself raises, in the batch's turn.
+        """
+        for batch in taken_ahead(batches, limit=1):
+            images, targets = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
+            yield self.explain(images, targets)
 
     def _request(self, targets: Any, mask: Any, position: Any, images: int) -> tuple[Session, Arrays, np.ndarray]:
         """The session that answers, what it is asked by role, and the classes where no run tells them."""

@@ -3,10 +3,13 @@
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from graphgbp.errors import OutputError
+
+_UMASK = threading.Lock()  # to read the umask is to set it, for the whole process
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -15,6 +18,16 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises OutputError where the folder is missing or closed to us, or the disk is full.
     """
     _appear(path, lambda temporary: Path(temporary).write_bytes(content))
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file too long to be held at once, as `write_whole` writes one."""
+
+    def fill(temporary: str) -> None:
+        with open(temporary, "wb") as file:
+            file.writelines(pieces)
+
+    _appear(path, fill)
 
 
 def copy_whole(source: Path, path: Path) -> None:
@@ -39,8 +52,9 @@ def _appear(path: Path, fill: Callable[[str], object]) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 

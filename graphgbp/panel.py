@@ -7,19 +7,17 @@ scale stands under every map, and a map of zeros is shown as such, never amplifi
 """
 
 import io
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache
+from typing import cast
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from graphgbp import contract
 from graphgbp.errors import RequestError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 STYLES = ("auto", "colour", "absolute", "positive", "negative", "all")
 SHOWN = 0.98
@@ -211,82 +209,95 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")
 
 
-# -- the panel: sizes in inches ---------------------------------------------------------------------------------
+# -- the panel: sizes in pixels -----------------------------------------------------------------------------------
 
-_WIDTH, _GAP, _MARGIN = 3.0, 0.16, 0.22
-_HEADER, _HEADING, _FOOTER = 0.88, 0.34, 0.46
-_BAR = 0.07
-_DPI = 160
+_WIDTH, _GAP, _MARGIN = 480, 26, 35
+_HEADER, _HEADING, _FOOTER = 141, 54, 74
+_BAR = 11
 _INK, _FAINT = "#1b1b1f", "#5f5f68"
-_TITLE: dict[str, Any] = {"fontsize": 17, "weight": "bold", "color": _INK}
-_SUBTITLE: dict[str, Any] = {"fontsize": 10.5, "color": _FAINT}
 
 
-def draw(tiles: Sequence[Tile], title: str, subtitle: str = "") -> "Figure":
-    """The tiles side by side under a title: a matplotlib Figure outside all global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class _Type:
+    """A font of matplotlib's, its size and colour."""
 
+    file: str
+    size: float
+    ink: str
+
+    @property
+    def font(self) -> ImageFont.FreeTypeFont:
+        return _font(self.file, self.size)
+
+
+_TITLE = _Type("DejaVuSans-Bold.ttf", 38, _INK)
+_SUBTITLE = _Type("DejaVuSans.ttf", 23, _FAINT)
+_HEADLINE = _Type("DejaVuSans.ttf", 27, _INK)
+_SCALE = _Type("DejaVuSans.ttf", 21, _FAINT)
+
+
+@cache
+def _font(file: str, size: float) -> ImageFont.FreeTypeFont:
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{file}", size)
+
+
+def draw(tiles: Sequence[Tile], title: str, subtitle: str = "") -> Image.Image:
+    """The tiles side by side under a title."""
     rows, columns = tiles[0].pixels.shape[:2]
-    tile_height = _WIDTH * rows / columns
+    height = round(_WIDTH * rows / columns)
     width = 2 * _MARGIN + len(tiles) * (_WIDTH + _GAP) - _GAP
-    height = _HEADER + _HEADING + tile_height + _FOOTER
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    with _letters_may_be_missing():
-        _write(figure, title, 0.42, _TITLE)
-        _write(figure, subtitle, 0.70, _SUBTITLE)
+    picture = Image.new("RGB", (width, _HEADER + _HEADING + height + _FOOTER), "white")
+    pen = ImageDraw.Draw(picture)
+    _write(pen, title, 67, _TITLE)
+    _write(pen, subtitle, 112, _SUBTITLE)
     for index, tile in enumerate(tiles):
-        _place(figure, tile, _MARGIN + index * (_WIDTH + _GAP), tile_height)
-    return figure
+        _place(picture, pen, tile, _MARGIN + index * (_WIDTH + _GAP), height)
+    return picture
 
 
-def _write(figure: "Figure", text: str, below: float, style: dict[str, Any]) -> None:
-    """A line `below` the upper edge; what does not fit is left out at its end."""
-    width, height = figure.get_size_inches()
-    line = figure.text(_MARGIN / width, 1 - below / height, text, parse_math=False, **style)
-    while (excess := line.get_window_extent().width / _DPI / (width - 2 * _MARGIN)) > 1:
+def _write(pen: ImageDraw.ImageDraw, text: str, baseline: int, style: _Type) -> None:
+    """A line from the left margin; what does not fit is left out at its end."""
+    room, shown = pen.im.size[0] - 2 * _MARGIN, text
+    while (excess := style.font.getlength(shown) / room) > 1:
         text = text[: min(len(text) - 1, int(len(text) / excess))]
-        line.set_text(f"{text}\N{HORIZONTAL ELLIPSIS}")
+        shown = f"{text}\N{HORIZONTAL ELLIPSIS}"
+    pen.text((_MARGIN, baseline), shown, style.ink, style.font, "ls")
 
 
-def _place(figure: "Figure", tile: Tile, left: float, tile_height: float) -> None:
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((left / width, _FOOTER / height, _WIDTH / width, tile_height / height))
-    axes.imshow(tile.pixels, interpolation="nearest", aspect="auto")
-    axes.set_axis_off()
-    heading = (left / width, (_FOOTER + tile_height + 0.09) / height)
-    figure.text(*heading, tile.heading, fontsize=12, color=_INK)
-    figure.text(left / width, 0.16 / height, tile.caption, fontsize=9.5, color=_FAINT)
+def _place(picture: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, left: int, height: int) -> None:
+    top, right = _HEADER + _HEADING, left + _WIDTH
+    picture.paste(_enlarged(tile.pixels, height), (left, top))
+    pen.text((left, top - 14), tile.heading, _HEADLINE.ink, _HEADLINE.font, "ls")
+    baseline = top + height + _FOOTER - 26
+    pen.text((left, baseline), tile.caption, _SCALE.ink, _SCALE.font, "ls")
     if tile.bar:
-        _place_bar(figure, tile.bar, left)
+        picture.paste(_enlarged(_strip(tile.bar.colours), _BAR), (left, top + height + 8))
+        pen.text((left, baseline), number(tile.bar.low), _SCALE.ink, _SCALE.font, "ls")
+        pen.text((right, baseline), number(tile.bar.high), _SCALE.ink, _SCALE.font, "rs")
     if tile.stamp:
-        badge = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.4"}
-        middle = ((left + _WIDTH / 2) / width, (_FOOTER + tile_height / 2) / height)
-        figure.text(*middle, tile.stamp, fontsize=12, color=_INK, ha="center", va="center", bbox=badge)
+        middle = (left + _WIDTH // 2, top + height // 2)
+        x0, y0, x1, y1 = pen.textbbox(middle, tile.stamp, _HEADLINE.font, "mm")
+        pen.rounded_rectangle((x0 - 12, y0 - 12, x1 + 12, y1 + 12), 10, "white")
+        pen.text(middle, tile.stamp, _HEADLINE.ink, _HEADLINE.font, "mm")
 
 
-def _place_bar(figure: "Figure", bar: Bar, left: float) -> None:
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((left / width, (_FOOTER - 0.05 - _BAR) / height, _WIDTH / width, _BAR / height))
-    axes.imshow(np.linspace(0, 1, 256)[None], cmap=bar.colours, aspect="auto")
-    axes.set_axis_off()
-    right = (left + _WIDTH) / width
-    figure.text(left / width, 0.16 / height, number(bar.low), fontsize=9.5, color=_FAINT)
-    figure.text(right, 0.16 / height, number(bar.high), fontsize=9.5, color=_FAINT, ha="right")
+def _enlarged(pixels: np.ndarray, height: int) -> Image.Image:
+    """Float pixels [H, W, 3] in [0, 1], each a square of one colour, a tile wide."""
+    return Image.fromarray(np.round(255 * pixels).astype(np.uint8)).resize((_WIDTH, height), Image.Resampling.NEAREST)
 
 
-def png(figure: "Figure") -> bytes:
-    """The content of the figure's PNG file."""
+@cache
+def _strip(colours: str) -> np.ndarray:
+    """A colour map from left to right, [1, 256, 3]."""
+    from matplotlib import colormaps
+
+    return colormaps[colours](np.linspace(0, 1, 256)[None])[..., :3]
+
+
+def png(picture: Image.Image) -> bytes:
+    """The content of the panel's PNG file; by runs alone, which repeated pixels are, and five times as fast."""
     buffer = io.BytesIO()
-    with _letters_may_be_missing():
-        figure.savefig(buffer, format="png")
+    picture.save(buffer, format="png", compress_type=zlib.Z_RLE)
     return buffer.getvalue()
-
-
-@contextmanager
-def _letters_may_be_missing() -> Iterator[None]:
-    """A box is drawn for a letter that the font lacks, without a warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        yield

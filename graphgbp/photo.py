@@ -1,6 +1,7 @@
 """A photo read from disk as people see it: upright, opaque, eight bits, in the asked channels."""
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from graphgbp.errors import ImageError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
 """What a folder of photos is searched for; a photo named on its own may have any name."""
+
+_WARNINGS = threading.Lock()  # their filters belong to the whole process
 
 PhotoLike = str | os.PathLike[str] | Image.Image
 
@@ -45,10 +48,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     if not path.is_file():
         raise ImageError(f"no photo '{path}'; check the path")
     try:
-        with warnings.catch_warnings():
+        with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
+            opened = Image.open(path)
+        with opened as image:
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError:

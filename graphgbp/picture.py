@@ -6,10 +6,12 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, cast
+from textwrap import indent
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,28 +19,10 @@ from graphgbp import contract, panel
 from graphgbp._version import __version__
 from graphgbp.contract import Manifest
 from graphgbp.errors import ImageError, OutputError, RequestError
-from graphgbp.files import make_folder, refuse_existing, write_whole
+from graphgbp.facts import Explained, Fact, facts
+from graphgbp.files import make_folder, refuse_existing, write_pieces, write_whole
 
 INDEX = "index.json"
-TOP = 5
-
-
-class Explained(Protocol):
-    """What is needed of a `Result`, whose docstring says what each is."""
-
-    @property
-    def images(self) -> np.ndarray: ...
-    @property
-    def target_class(self) -> np.ndarray: ...
-    @property
-    def target_score(self) -> np.ndarray: ...
-    @property
-    def outputs(self) -> Mapping[str, np.ndarray]: ...
-    @property
-    def maps(self) -> Mapping[str, np.ndarray]: ...
-    @property
-    def manifest(self) -> Manifest: ...
-    def top(self, k: int = 5) -> list[list[Any]]: ...
 
 
 def save_result(
@@ -106,6 +90,7 @@ class Album:
         style: of the guided maps: "auto", "colour", "absolute", "positive", "negative" or "all".
         channels: the order of the model's colour channels, "RGB" or "BGR".
         force: replace files of the same names.
+        panels, arrays: whether they are written.
 
     Raises OutputError where a file exists (unless `force`) or the folder cannot be made; RequestError for a name
     that is no file name or comes twice, or an unknown style.
@@ -120,11 +105,14 @@ class Album:
         style: str = "auto",
         channels: str = "RGB",
         force: bool = False,
+        panels: bool = True,
+        arrays: bool = True,
     ) -> None:
         self.folder = Path(folder)
+        self._panels, self._arrays = panels, arrays
         self._class_names, self._style, self._channels = class_names, style, channels
         self._manifest: Manifest | None = None
-        self._entries: list[dict[str, Any]] = []
+        self._entries: dict[str, str] = {}  # JSON: a tenth of the room that objects take
         panel.require_style(style)
         require_place(folder, names, force)
         self._order = {name: n for n, name in enumerate(names)}
@@ -138,47 +126,111 @@ class Album:
     ) -> list[dict[str, Any]]:
         """Write the panels and arrays of one batch, and say of each image what the index will.
 
+        Takes and raises what `pages` and `write` do.
+        """
+        return [self.write(page) for page in self.pages(result, names, photos, sources)]
+
+    def pages(
+        self,
+        result: Explained,
+        names: Sequence[str],
+        photos: Sequence[Any] | None = None,
+        sources: Sequence[str] | None = None,
+    ) -> list["Page"]:
+        """One batch, image by image, to be written.
+
         `photos` are uint8 [H, W, 3], RGB, as the model saw them; without, the input itself is drawn, stretched to
         the full range. `sources` are the files they came from.
 
-        Raises OutputError where a file cannot be written, ImageError where a photo does not fit its maps.
+        Raises RequestError for a name that this album was not made for, or where there is not one of each.
         """
         unknown = [name for name in names if name not in self._order]
         if unknown:
             raise RequestError(f"'{unknown[0]}' is not among the names this album was made for")
         _require_one_each(len(result.images), names=names, photos=photos, sources=sources)
-        make_folder(self.folder)
         self._manifest = result.manifest
-        entries = []
-        for n, fact in enumerate(facts(result, self._class_names)):
-            tiles = _tiles(result, n, None if photos is None else photos[n], self._style, self._channels)
-            source = None if sources is None else str(sources[n])
-            entry = {"name": names[n], "file": source, **fact.to_dict(), "panel": None, "arrays": f"{names[n]}.npz"}
-            if tiles:
-                entry["panel"] = f"{names[n]}.png"
-                subtitle = f"{fact.subtitle} · {Path(source).name if source else names[n]}"
-                write_whole(self.folder / f"{names[n]}.png", panel.png(panel.draw(tiles, fact.title, subtitle)))
-            write_whole(self.folder / f"{names[n]}.npz", _arrays(result, n))
-            entry["scales"] = {tile.method: tile.scale for tile in tiles if tile.method}
-            entries.append(entry)
-        self._entries += entries
-        return entries
+        return [
+            Page(
+                result,
+                n,
+                names[n],
+                fact,
+                None if photos is None else photos[n],
+                None if sources is None else str(sources[n]),
+            )
+            for n, fact in enumerate(facts(result, self._class_names))
+        ]
 
-    def describe(self) -> dict[str, Any]:
-        """The index as plain data; images in the order of the names."""
-        images = sorted(self._entries, key=lambda entry: self._order[entry["name"]])
-        index: dict[str, Any] = {"graphgbp": __version__, "style": self._style, "images": images}
-        if self._manifest is not None:
-            manifest = self._manifest
-            index |= {"model": manifest.source, "score": manifest.score, "target_layers": manifest.target_layers}
-            index |= {"methods": manifest.methods}
-        return cast(dict[str, Any], _plain(index))
+    def write(self, page: "Page") -> dict[str, Any]:
+        """Write the panel and the arrays of one image, and say of it what the index will. Safe in several threads.
+
+        Raises OutputError where a file cannot be written, ImageError where the photo does not fit its maps.
+        """
+        make_folder(self.folder)
+        name, fact, source = page.name, page.fact, page.source
+        entry = {"name": name, "file": source, **fact.to_dict(), "panel": None, "arrays": None, "scales": {}}
+        if self._panels:
+            tiles = _tiles(page.result, page.n, page.photo, self._style, self._channels)
+            if tiles:
+                entry["panel"] = f"{name}.png"
+                subtitle = f"{fact.subtitle} · {Path(source).name if source else name}"
+                write_whole(self.folder / f"{name}.png", panel.png(panel.draw(tiles, fact.title, subtitle)))
+            entry["scales"] = {tile.method: tile.scale for tile in tiles if tile.method}
+        if self._arrays:
+            entry["arrays"] = f"{name}.npz"
+            write_whole(self.folder / f"{name}.npz", _arrays(page.result, page.n))
+        entry = _plain(entry)
+        self._entries[name] = _json(entry)
+        return entry
+
+    def __len__(self) -> int:
+        """How many images are written."""
+        return len(self._entries)
+
+    def describe(self, at_most: int = sys.maxsize) -> dict[str, Any]:
+        """The index as plain data; images, no more than asked, in the order of the names."""
+        images = [json.loads(self._entries[name]) for name in islice(self._written(), at_most)]
+        return {**self._head(), "images": images}
 
     def finish(self) -> Path:
         """Write the index and return its path. Raises OutputError where it cannot be written."""
         path = self.folder / INDEX
-        write_whole(path, (json.dumps(self.describe(), indent=2, ensure_ascii=False) + "\n").encode())
+        write_pieces(path, self._index())
         return path
+
+    def _written(self) -> Iterator[str]:
+        return (name for name in self._order if name in self._entries)
+
+    def _head(self) -> dict[str, Any]:
+        """What the index says of all images."""
+        head: dict[str, Any] = {"graphgbp": __version__, "style": self._style}
+        if self._manifest is not None:
+            manifest = self._manifest
+            head |= {"model": manifest.source, "score": manifest.score, "target_layers": manifest.target_layers}
+            head |= {"methods": manifest.methods}
+        return cast(dict[str, Any], _plain(head))
+
+    def _index(self) -> Iterator[bytes]:
+        """The file, image by image: of many images it is too long to be made at once."""
+        head = _json(self._head()).removesuffix("\n}")
+        yield f'{head},\n  "images": ['.encode()
+        separator = "\n"
+        for name in self._written():
+            yield (separator + indent(self._entries[name], "    ")).encode()
+            separator = ",\n"
+        yield b"\n  ]\n}\n"
+
+
+@dataclass(frozen=True)
+class Page:
+    """One image of a result, and what is written of it; `n` is its place in the batch."""
+
+    result: Explained
+    n: int
+    name: str
+    fact: Fact
+    photo: Any
+    source: str | None
 
 
 def require_place(
@@ -210,79 +262,6 @@ def _require_one_each(count: int, **given: Sequence[Any] | None) -> None:
     for what, values in given.items():
         if values is not None and len(values) != count:
             raise RequestError(f"{len(values)} {what} for {count} images; give one for each")
-
-
-# -- what is said of an image -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What was explained in one image: its class (None: no single one), its score S, the classes ranked highest."""
-
-    class_index: int | None
-    class_name: str | None
-    score: float
-    probability: float | None
-    top: list[dict[str, Any]]
-
-    @property
-    def title(self) -> str:
-        if self.class_index is None:
-            return "no single class"
-        return self.class_name or f"class {self.class_index}"
-
-    @property
-    def subtitle(self) -> str:
-        number = [f"class {self.class_index}"] if self.class_name else []
-        value = (
-            f"score {panel.number(self.score, 4)}"
-            if self.probability is None
-            else f"probability {self.probability:.3f}"
-        )
-        return " · ".join([*number, value])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "class": self.class_index,
-            "class_name": self.class_name,
-            "score": self.score,
-            "probability": self.probability,
-            "top": self.top,
-        }
-
-
-def facts(result: Explained, class_names: Sequence[str] | None = None) -> list[Fact]:
-    """What was explained in each image, and its five highest classes; none where the model's output ranks none."""
-    head = result.manifest.score
-    classless = head["class_axis"] is None and not head["two_classes_in_one"]
-    return [
-        _fact(None if classless or index == contract.PREDICTED else int(index), float(score), ranked, class_names)
-        for index, score, ranked in zip(result.target_class, result.target_score, _ranked(result), strict=True)
-    ]
-
-
-def _ranked(result: Explained) -> list[list[Any]]:
-    """Every class of every image, highest first."""
-    try:
-        return result.top(sys.maxsize)
-    except RequestError:  # a score at every position, such as a segmentation's
-        return [[] for _ in result.images]
-
-
-def _fact(index: int | None, score: float, ranked: Sequence[Any], class_names: Sequence[str] | None) -> Fact:
-    def name(index: int | None) -> str | None:
-        return class_names[index] if class_names and index is not None and index < len(class_names) else None
-
-    own = [entry.value for entry in ranked if entry.class_index == index and entry.is_probability]
-    top = [
-        {
-            "class": entry.class_index,
-            "class_name": name(entry.class_index),
-            "probability" if entry.is_probability else "score": entry.value,
-        }
-        for entry in ranked[:TOP]
-    ]
-    return Fact(index, name(index), score, own[0] if own else None, top)
 
 
 # -- one image of a batch ---------------------------------------------------------------------------------------
@@ -349,6 +328,10 @@ def _arrays(result: Explained, n: int) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ Whether channels come first or last is read off the model.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,6 +27,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from PIL import Image
 
+from graphgbp.ahead import ahead
 from graphgbp.contract import dtype_of
 from graphgbp.errors import ImageError, RequestError
 from graphgbp.photo import PhotoLike, read_photo
@@ -183,7 +184,27 @@ class Recipe:
             raise ImageError(
                 f"{len(photos)} photos of {len(sizes)} sizes make no batch; a recipe with a crop gives one size"
             )
-        return np.stack([array for array, _ in prepared]), [seen for _, seen in prepared]
+        return _taken(prepared)
+
+    def batches(
+        self, photos: Iterable[PhotoLike], image_input: Mapping[str, Any], batch_size: int = 8
+    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """Photos without end, as `batch` gives them, `batch_size` at once; the next are read in background threads.
+
+        In order; a batch is smaller at the end, and where the next photo comes out in another size. No more photos are
+        held than the caller's batch and two further ones. Raises ImageError as `prepare` does, in the photo's turn.
+        """
+        _require(batch_size >= 1, f"batch_size={batch_size} is no number of photos; give 1 or more")
+        spec = ImageInput.of(image_input)
+        waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        for image, seen in ahead(lambda photo: self.prepare(photo, spec), photos, limit=batch_size):
+            if waiting and waiting[0][0].shape != image.shape:
+                yield _taken(waiting)
+            waiting.append((image, seen))
+            if len(waiting) == batch_size:
+                yield _taken(waiting)
+        if waiting:
+            yield _taken(waiting)
 
     def _resized(self, image: Image.Image) -> Image.Image:
         if self.resize is None:
@@ -219,6 +240,13 @@ class Recipe:
     def read_class_names(self) -> list[str] | None:
         """The class names the recipe points to; None where it names no file."""
         return None if self.class_names is None else read_class_names(self.class_names)
+
+
+def _taken(prepared: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """What was prepared as one batch; the list is empty then."""
+    batch = np.stack([image for image, _ in prepared]), [seen for _, seen in prepared]
+    prepared.clear()
+    return batch
 
 
 def _typed(array: np.ndarray, spec: ImageInput) -> np.ndarray:

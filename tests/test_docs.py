@@ -1,11 +1,13 @@
 """The code in the documents runs as printed."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from tests.build import drawn, model, small_cnn
 from tests.scores import per_pixel
@@ -36,11 +38,16 @@ def stereo() -> onnx.ModelProto:
     return model(nodes, inputs, ["y"], {"w": drawn(5, 3, 3, 3)})
 
 
-@pytest.mark.parametrize("name", ["targets.md"])
+@pytest.mark.parametrize("name", ["targets.md", "folders.md"])
 def test_python_as_printed(name, tmp_path, monkeypatch):
     models = {"classifier": small_cnn(), "segmenter": per_pixel(), "detector": detector(), "embedder": embedder()}
     for stem, proto in {**models, "stereo": stereo()}.items():
         onnx.save(proto, tmp_path / f"{stem}.onnx")
+    recipe = {"channels": "RGB", "resize": 8, "crop": 8, "mean": [127] * 3, "std": [128] * 3}
+    (tmp_path / "classifier.recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "photos").mkdir()
+    for n in range(5):
+        Image.new("RGB", (9, 12), (n, 2 * n, 255)).save(tmp_path / "photos" / f"{n}.png")
     monkeypatch.chdir(tmp_path)
     known = {"images": drawn(2, 3, 8, 8, seed=5)}
     pieces = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.S)

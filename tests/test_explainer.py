@@ -1,6 +1,7 @@
 """Explainer and the one-liners: batches, models plain and converted, options, a GPU."""
 
 import gc
+import threading
 import weakref
 
 import numpy as np
@@ -14,6 +15,7 @@ from graphgbp import (
     DeviceError,
     Explainer,
     GraphgbpError,
+    ImageError,
     MissingWeightsError,
     ModelFileError,
     RequestError,
@@ -96,6 +98,51 @@ def test_outputs_without_a_batch_axis(images):
     assert explainer.explain(images).outputs["m"].shape == ()
     with pytest.raises(GraphgbpError, match=r"output 'm' of shape .* has no batch axis .* larger batch_size"):
         explainer.explain(images, batch_size=2)
+
+
+# -- streams ----------------------------------------------------------------------------------------------
+
+
+def test_a_stream_of_batches(explainer):
+    images = drawn(7, 3, 8, 8, seed=3)
+    stream = [images[:3], (images[3:5], [1, 2]), [images[5:], 4]]
+    found = list(explainer.explain_batches(iter(stream)))
+    expected = [explainer.explain(images[:3]), explainer.explain(images[3:5], [1, 2]), explainer.explain(images[5:], 4)]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.saliency, other.saliency)
+        np.testing.assert_array_equal(one.target_class, other.target_class)
+
+
+def test_a_stream_is_taken_one_batch_ahead_and_let_go(explainer):
+    taken, seen = [threading.Event() for _ in range(20)], []
+
+    def batches():
+        for n, event in enumerate(taken):
+            event.set()
+            yield drawn(2, 3, 8, 8, seed=n)
+
+    for result in explainer.explain_batches(batches()):
+        n = len(seen)
+        for event in taken[n : n + 2]:
+            assert event.wait(30), "the next batch is not taken meanwhile"
+        assert not any(event.is_set() for event in taken[n + 2 :])
+        seen.append(weakref.ref(result))
+        del result
+        assert not any(ref() for ref in seen)
+    assert len(seen) == 20
+
+
+def test_an_error_in_a_stream_comes_in_its_turn(explainer):
+    found = explainer.explain_batches([drawn(2, 3, 8, 8), drawn(2, 3, 9, 9), drawn(2, 3, 8, 8)])
+    assert len(next(found)) == 2
+    with pytest.raises(ImageError, match=r"\[2, 3, 9, 9\]"):
+        next(found)
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 4), ({"batch_size": 7}, 7)])
+def test_the_batch_size(source, options, expected):
+    assert Explainer(source, ["saliency"], device="cpu", **options).batch_size == expected
+    assert Explainer(small_cnn(SOFTMAX, batch=2), ["saliency"], device="cpu", **options).batch_size == 2
 
 
 # -- models ------------------------------------------------------------------------------------------------

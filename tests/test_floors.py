@@ -8,7 +8,7 @@ import graphgbp
 PACKAGE = Path(graphgbp.__file__).parent
 
 FLOORS = [
-    ["errors", "contract", "symbols", "_version", "kernels"],
+    ["errors", "contract", "symbols", "_version", "kernels", "ahead"],
     ["shapes"],
     ["files", "weights", "digests"],
     ["emit", "registry", "model_file", "patterns"],
@@ -32,7 +32,8 @@ FLOORS = [
     ["conversion", "jacobian", "deployment"],
     ["inspection"],
     ["runtime", "feeds", "photo", "panel"],
-    ["recipe", "picture"],
+    ["recipe", "facts"],
+    ["picture"],
     ["result"],
     ["explainer", "verification"],
     ["methods"],

@@ -40,7 +40,7 @@ def test_what_is_written(tmp_path, result):
     assert {path.name for path in folder.iterdir()} == files
     for name in NAMES:
         with Image.open(folder / f"{name}.png") as panel:
-            assert panel.width == 2067, "four tiles"
+            assert panel.width == 2068, "four tiles"
 
 
 def test_arrays_are_the_maps(tmp_path, result):
@@ -239,7 +239,7 @@ def test_show_opens_every_panel(result, monkeypatch):
     shown = []
     monkeypatch.setattr(ImageShow, "show", lambda image, title: shown.append(image.size) or True)
     result.show()
-    assert len(shown) == 3 and shown[0][0] == 2067
+    assert len(shown) == 3 and shown[0][0] == 2068
     monkeypatch.setattr(ImageShow, "show", lambda image, title: False)
     with pytest.raises(OutputError, match="no image viewer"):
         result.show()

@@ -249,3 +249,25 @@ def test_photos_of_several_sizes_make_no_batch():
     told = {"name": "image", "shape": ["batch", 3, "h", "w"], "dtype": "float32", "layout": "NCHW"}
     with pytest.raises(ImageError, match="2 sizes"):
         recipe.batch(["models/coffee.png", "models/astronaut.png"], told)
+
+
+# -- a stream of photos -------------------------------------------------------------------------------------------
+
+
+def test_batches_are_those_of_batch(tmp_path):
+    image_input = {"name": "x", "shape": ["N", 3, "H", "W"], "dtype": "float32", "layout": "NCHW"}
+    sizes = [(6, 8)] * 5 + [(6, 9)] * 2 + [(6, 8)]
+    photos = [
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (*s, 3), np.uint8)) for n, s in enumerate(sizes)
+    ]
+    recipe = Recipe(mean=(1, 2, 3), std=(4, 5, 6))
+    found = list(recipe.batches(iter(photos), image_input, 2))
+    assert [len(images) for images, _ in found] == [2, 2, 1, 2, 1]
+    start = 0
+    for images, seen in found:
+        expected, shown = recipe.batch(photos[start : start + len(images)], image_input)
+        np.testing.assert_array_equal(images, expected)
+        np.testing.assert_array_equal(seen, shown)
+        start += len(images)
+    with pytest.raises(RequestError, match="batch_size=0"):
+        next(recipe.batches(photos, image_input, 0))

@@ -111,16 +111,17 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 
 @contextmanager
-def progress(task: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def progress(task: str, total: int | None = None, unit: str | None = None) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, shown on a terminal where the work takes longer than two seconds.
 
-    Yields the function that advances it; without a total the bar only says that work goes on.
+    Yields the function that advances it; without a total the bar only says that work goes on. With a `unit`, such as
+    "images", it says how many are done in a second.
     """
     console = terminal(stderr=True)
     if not console.is_terminal:
         yield lambda steps: None
         return
-    bar = _bar(console, counted=total is not None)
+    bar = _bar(console, total is not None, unit)
     number = bar.add_task(task, total=total)
     timer = threading.Timer(PATIENCE, bar.start)
     timer.daemon = True
@@ -133,13 +134,18 @@ def progress(task: str, total: int | None = None) -> Iterator[Callable[[int], No
         bar.stop()
 
 
-def _bar(console: "Console", counted: bool) -> "Progress":
+def _bar(console: "Console", counted: bool, unit: str | None) -> "Progress":
     from rich import progress as bars
+    from rich.text import Text
+
+    class Speed(bars.ProgressColumn):
+        def render(self, task: "bars.Task") -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.3g} {unit}/s")
 
     count = (bars.MofNCompleteColumn(), bars.TimeRemainingColumn()) if counted else (bars.TimeElapsedColumn(),)
-    return bars.Progress(
-        bars.TextColumn("{task.description}"), bars.BarColumn(), *count, console=console, transient=True
-    )
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), *count, *([Speed()] if unit else []))
+    return bars.Progress(*columns, console=console, transient=True)
 
 
 def split_words(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """graphgbp explain: pictures, arrays, a table on the terminal."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from graphgbp.explainer import Explainer, Result
-    from graphgbp.picture import Album
+    from graphgbp.picture import Album, Page
     from graphgbp.recipe import ImageInput, Recipe
 
 STYLES = ("auto", "colour", "absolute", "positive", "negative", "all")
 PRESETS = ("imagenet", "unit", "symmetric", "caffe", "pixels")
+
+_FILES = {"both": "panel", "panels": "panel", "arrays": "arrays"}
+_PHOTOS_SHOWN = 100
 
 
 @click.command(no_args_is_help=True, short_help="Run it on photos: pictures, arrays, a table.")
@@ -47,7 +51,14 @@ PRESETS = ("imagenet", "unit", "symmetric", "caffe", "pixels")
 )
 @click.option("--classes", "classes_file", metavar="FILE", help="Class names, one per line.  [default: the recipe's]")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="How many images run at once.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many images run at once.  [default: 4 on the CPU, 8 on CUDA]",
+)
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="How many CPU threads the model takes.")
+@click.option("--write", type=click.Choice(tuple(_FILES)), default="both", show_default=True, help="Of each image.")
 @click.option("--style", type=click.Choice(STYLES), default="auto", show_default=True, help="Of the guided maps.")
 @click.option("--force", is_flag=True, help="Replace what is in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -71,8 +82,10 @@ def explain(model: str, images: tuple[str, ...], out: str, as_json: bool, **opti
         style=options["style"],
         channels=job.recipe.channels,
         force=options["force"],
+        panels=options["write"] != "arrays",
+        arrays=options["write"] != "panels",
     )
-    _explain_all(job, album, photos, names, options["batch_size"])
+    _explain_all(job, album, photos, names)
     index = album.finish()
     if as_json:
         console.print_json(_document(job, album, index))
@@ -91,6 +104,7 @@ class Job:
     class_names: list[str] | None
     target: int | None
     top: int | None
+    write: str
 
 
 def _prepare(model: str, options: dict[str, Any]) -> Job:
@@ -104,6 +118,7 @@ def _prepare(model: str, options: dict[str, Any]) -> Job:
             options["methods"] or None,
             device=options["device"],
             batch_size=options["batch_size"],
+            threads=options["threads"],
             **{key: value for key, value in asked.items() if value is not None},
         )
     spec = ImageInput.of(explainer.input)
@@ -113,7 +128,7 @@ def _prepare(model: str, options: dict[str, Any]) -> Job:
     top = options["top"]
     if top is not None and explainer.classes is not None and top > explainer.classes:
         raise RequestError(f"--top {top} asks for more classes than the model has: {explainer.classes}")
-    return Job(explainer, spec, recipe, preprocessing, class_names, target, top)
+    return Job(explainer, spec, recipe, preprocessing, class_names, target, top, options["write"])
 
 
 def _class_names(model: str, file: str | None, recipe: "Recipe", classes: int | None) -> list[str] | None:
@@ -149,16 +164,29 @@ def _recipe(model: str, asked: str | None, spec: "ImageInput") -> tuple["Recipe"
     return Recipe.load(path), str(path)
 
 
-def _explain_all(job: Job, album: "Album", photos: Sequence[Path], names: Sequence[str], size: int) -> None:
-    from graphgbp.cli.photos import batches
+def _explain_all(job: Job, album: "Album", photos: Sequence[Path], names: Sequence[str]) -> None:
+    """Photos are read ahead and files written behind, in background threads; the model runs in this one."""
+    from graphgbp.ahead import ahead
 
-    with console.progress("explaining", len(photos)) as advance:
-        for batch in batches(photos, names, job.recipe, job.spec, size):
-            results = _ranked(job, batch.images) if job.top else [job.explainer.explain(batch.images, job.target)]
-            for rank, result in enumerate(results, start=1):
-                files = [f"{name}-top{rank}" for name in batch.names] if job.top else batch.names
-                album.add(result, files, batch.photos, batch.files)
-            advance(len(batch.names))
+    ranks = job.top or 1
+    pages = _pages(job, album, photos, names)
+    with (
+        console.progress("explaining", len(photos), "images") as advance,
+        closing(ahead(album.write, pages, limit=ranks * job.explainer.batch_size)) as written,
+    ):
+        for count, _ in enumerate(written, start=1):
+            advance(int(count % ranks == 0))
+
+
+def _pages(job: Job, album: "Album", photos: Sequence[Path], names: Sequence[str]) -> Iterator["Page"]:
+    start = 0
+    for images, seen in job.recipe.batches(photos, job.explainer.input, job.explainer.batch_size):
+        part = slice(start, start + len(images))
+        results = _ranked(job, images) if job.top else [job.explainer.explain(images, job.target)]
+        for rank, result in enumerate(results, start=1):
+            files = [f"{name}-top{rank}" for name in names[part]] if job.top else names[part]
+            yield from album.pages(result, files, seen, [str(photo) for photo in photos[part]])
+        start = part.stop
 
 
 def _ranked(job: Job, images: "np.ndarray") -> Iterator["Result"]:
@@ -182,27 +210,34 @@ def _document(job: Job, album: "Album", index: Path) -> dict[str, Any]:
 
 
 def _print_summary(job: Job, album: "Album", index: Path) -> None:
-    entries = album.describe()["images"]
+    entries = album.describe(_PHOTOS_SHOWN * (job.top or 1))["images"]
     kinds = {key for entry in entries for row in entry["top"] for key in row if key in ("probability", "score")}
-    table = console.table("photo", "class", kinds.pop() if kinds else "score", "panel")
+    table = console.table("photo", "class", kinds.pop() if kinds else "score", _FILES[job.write])
     for file, group in groupby(entries, key=lambda entry: entry["file"]):
         for n, row in enumerate(_rows(list(group))):
             table.add_row(str(file) if n == 0 else "", *row, style=None if row[-1] else "dim")
     console.show(table)
+    if len(entries) < len(album):
+        console.show(f"and {len(album) - len(entries)} more, listed in {index.name}")
     note = f" ({job.explainer.device_note})" if job.explainer.device_note else ""
-    written = f"{len(entries)} panel{'s' if len(entries) > 1 else ''} with arrays (.npz), and {index.name}"
     console.print_facts(
         [
-            ("wrote", f"{written}, in {album.folder}"),
+            ("wrote", f"{_written(job.write, len(album))}, and {index.name}, in {album.folder}"),
             ("preprocessing", job.preprocessing),
             ("device", f"{job.explainer.device}{note}"),
         ]
     )
 
 
+def _written(what: str, count: int) -> str:
+    if what == "arrays":
+        return f"the arrays (.npz) of {count} image{'s' * (count > 1)}"
+    return f"{count} panel{'s' * (count > 1)}{' with arrays (.npz)' if what == 'both' else ''}"
+
+
 def _rows(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """The highest classes of one photo, then those explained that are not among them: class, value, panel."""
-    panels = {entry["class"]: entry["panel"] for entry in entries}
+    """The highest classes of one photo, then those explained that are not among them: class, value, file."""
+    files = {entry["class"]: entry["panel"] or entry["arrays"] for entry in entries}
     listed = {row["class"]: row for row in entries[0]["top"]}
     for row in [*listed.values(), *(entry for entry in entries if entry["class"] not in listed)]:
         name = "no single class" if row["class"] is None else str(row["class"])
@@ -210,5 +245,5 @@ def _rows(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
         yield (
             f"{name} {row['class_name'] or ''}",
             f"{row['score']:.4g}" if value is None else f"{value:.3f}",
-            panels.get(row["class"], ""),
+            files.get(row["class"], ""),
         )

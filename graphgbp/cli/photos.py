@@ -1,28 +1,11 @@
-"""The photos of a command line: folders opened, each with a name of its own, read in batches of one shape."""
+"""The photos of a command line: folders opened, each with a name of its own."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from graphgbp.errors import ImageError
 from graphgbp.photo import SUFFIXES, require_photo
-
-if TYPE_CHECKING:
-    from graphgbp.recipe import ImageInput, Recipe
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Photos that share a shape: their names and files, the model's input [N, ...], and what the model sees."""
-
-    names: list[str]
-    files: list[str]
-    images: np.ndarray
-    photos: list[np.ndarray]
 
 
 def find_photos(arguments: Sequence[str]) -> list[Path]:
@@ -55,23 +38,3 @@ def unique_names(photos: Sequence[Path]) -> list[str]:
         taken.add(name.casefold())
         names.append(name)
     return names
-
-
-def batches(
-    photos: Sequence[Path], names: Sequence[str], recipe: "Recipe", spec: "ImageInput", size: int
-) -> Iterator[Batch]:
-    """The photos prepared, in order, at most `size` at once. Raises what `Recipe.prepare` raises."""
-    waiting: list[tuple[str, str, np.ndarray, np.ndarray]] = []
-    for photo, name in zip(photos, names, strict=True):
-        image, seen = recipe.prepare(photo, spec)
-        if waiting and (len(waiting) == size or waiting[0][2].shape != image.shape):
-            yield _batch(waiting)
-            waiting = []
-        waiting.append((name, str(photo), image, seen))
-    if waiting:
-        yield _batch(waiting)
-
-
-def _batch(waiting: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> Batch:
-    names, files, images, photos = zip(*waiting, strict=True)
-    return Batch(list(names), list(files), np.stack(images), list(photos))

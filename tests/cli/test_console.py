@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -158,9 +159,21 @@ def test_progress_shows_after_its_patience(monkeypatch):
     assert "explaining" in terminal.getvalue() and "2/3" in terminal.getvalue()
 
 
+def test_progress_says_how_many_in_a_second(monkeypatch):
+    terminal = terminal_on_stderr(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    with console.progress("explaining", 300, "images") as advance:
+        for _ in range(4):
+            time.sleep(0.1)
+            advance(5)
+    (*_, last) = re.findall(r"([\d.e+]+) images/s", terminal.getvalue())
+    assert 5 < float(last) < 60, "about 50"
+
+
 def test_progress_is_silent_where_piped(monkeypatch, capsys):
     monkeypatch.setattr(console, "PATIENCE", 0.0)
-    with console.progress("explaining", 3) as advance:
+    with console.progress("explaining", 3, "images") as advance:
         advance(1)
         time.sleep(0.1)
     assert capsys.readouterr() == ("", "")

@@ -1,13 +1,18 @@
 import json
 import shutil
+import signal
 import sys
+import threading
+import weakref
+from functools import partial
 
 import numpy as np
 import onnx
 import pytest
 from PIL import Image
 
-from graphgbp import Explainer, Recipe
+from graphgbp import Explainer, Recipe, picture
+from graphgbp.ahead import ahead as original_ahead
 from graphgbp.panel import STYLES
 from graphgbp.recipe import PRESETS, ImageInput
 from tests.build import drawn, model, small_cnn
@@ -207,6 +212,153 @@ def test_a_folder_closed_to_us(run, folder, monkeypatch):
     assert not list((folder / "out").iterdir())
 
 
+def test_one_photo_that_cannot_be_read_among_many(run, folder):
+    """It is named, and what stands before its batch is written whole."""
+    photos = many(folder, 9)
+    content = photos[5].read_bytes()
+    photos[5].write_bytes(content[: len(content) // 2])
+    found = explain(run, "photos", "--batch-size", "2", "--methods", "saliency")
+    refused(found, 6, f"cannot read the image '{photos[5].relative_to(folder)}'")
+    assert written(folder) == {f"{n}.{suffix}" for n in range(4) for suffix in ("png", "npz")}
+
+
+def many(folder, count):
+    """A folder of photos named 0, 1, ..., each different."""
+    (folder / "photos").mkdir()
+    for n in range(count):
+        pixels = np.random.default_rng(n).integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{n}.png")
+    return sorted((folder / "photos").iterdir())
+
+
+def test_files_do_not_depend_on_the_threads(run, folder, monkeypatch):
+    """One after the other, nothing ahead: the same bytes."""
+    many(folder, 7)
+    found = []
+    for out, (limit, threads) in {"behind": (6, 3), "serial": (0, 1)}.items():
+        slow = partial(every_ahead, limit=limit, threads=threads)
+        monkeypatch.setattr("graphgbp.ahead.ahead", slow)
+        monkeypatch.setattr("graphgbp.recipe.ahead", slow)
+        options = ("--batch-size", "2", "--methods", "gradcam,saliency", "--top", "2", "--device", "cpu")
+        found.append(run("explain", "model.onnx", "photos", *options, "-o", out).stdout.replace(out, "out"))
+    names = [path.name for path in sorted((folder / "serial").iterdir())]
+    assert len(names) == 2 * 2 * 7 + 1 and found[0] == found[1]
+    for name in names:
+        assert (folder / "serial" / name).read_bytes() == (folder / "behind" / name).read_bytes(), name
+
+
+def every_ahead(work, items, *, limit, threads, **given):
+    return original_ahead(work, items, limit=limit, threads=threads)
+
+
+def test_photos_are_read_ahead_and_panels_drawn_behind_the_run(run, folder, monkeypatch):
+    """While the model runs the second batch, the third is read and the first is written."""
+    many(folder, 6)
+    read, drawn_, runs = [threading.Event() for _ in range(6)], [threading.Event() for _ in range(6)], []
+    prepare, write, explain_ = Recipe.prepare, picture.Album.write, Explainer.explain
+
+    def noted_prepare(self, photo, spec):
+        found = prepare(self, photo, spec)
+        read[int(photo.stem)].set()
+        return found
+
+    def noted_write(self, page):
+        entry = write(self, page)
+        drawn_[int(page.name)].set()
+        return entry
+
+    def noted_explain(self, images, *rest):
+        runs.append(len(images))
+        for event in [*read[: 2 * len(runs) + 2], *drawn_[: 2 * len(runs) - 2]]:
+            assert event.wait(30), "the run waits for what should be under way"
+        return explain_(self, images, *rest)
+
+    monkeypatch.setattr(Recipe, "prepare", noted_prepare)
+    monkeypatch.setattr(picture.Album, "write", noted_write)
+    monkeypatch.setattr(Explainer, "explain", noted_explain)
+    assert explain(run, "photos", "--batch-size", "2", "--methods", "saliency").exit_code == 0
+    assert runs == [2, 2, 2]
+
+
+def test_how_many_images_are_held_does_not_grow(run, folder, monkeypatch):
+    many(folder, 60)
+    photos, results, most = [], [], {"photos": 0, "results": 0}
+    prepare, explain_ = Recipe.prepare, Explainer.explain
+
+    def count():
+        for kind, refs in (("photos", photos), ("results", results)):
+            most[kind] = max(most[kind], sum(ref() is not None for ref in list(refs)))
+
+    def counted_prepare(self, photo, spec):
+        image, seen = prepare(self, photo, spec)
+        photos.append(weakref.ref(seen))
+        count()
+        return image, seen
+
+    def counted_explain(self, images, *rest):
+        result = explain_(self, images, *rest)
+        results.append(weakref.ref(result))
+        count()
+        return result
+
+    monkeypatch.setattr(Recipe, "prepare", counted_prepare)
+    monkeypatch.setattr(Explainer, "explain", counted_explain)
+    assert explain(run, "photos", "--batch-size", "2", "--methods", "saliency").exit_code == 0
+    assert len(read_index(folder)["images"]) == len(photos) == 60 and len(results) == 30
+    assert most["results"] <= 3 and 3 <= most["photos"] <= 12, most
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_an_interrupt_leaves_whole_files_and_no_thread(run, folder, monkeypatch):
+    """Ctrl-C in the second batch: exit code 130, nothing half written, nothing goes on."""
+    many(folder, 40)
+    explain_, runs = Explainer.explain, []
+
+    def interrupted(self, images, *rest):
+        runs.append(len(images))
+        if len(runs) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return explain_(self, images, *rest)
+
+    monkeypatch.setattr(Explainer, "explain", interrupted)
+    refused(explain(run, "photos", "--batch-size", "4", "--methods", "saliency"), 130, "interrupted")
+    assert len(runs) == 2 and not [t for t in threading.enumerate() if t.name.startswith("graphgbp")]
+    assert written(folder) <= {f"{n}.{suffix}" for n in range(4) for suffix in ("png", "npz")}
+    for path in (folder / "out").glob("*.png"):
+        Image.open(path).load()
+
+
+def test_a_fixed_batch_is_filled_from_the_folder(run, folder, monkeypatch):
+    onnx.save(small_cnn(("y = Softmax<axis=1>(z)",), batch=3), folder / "model.onnx")
+    many(folder, 7)
+    explain_, runs = Explainer.explain, []
+    monkeypatch.setattr(Explainer, "explain", lambda *given: (runs.append(len(given[1])), explain_(*given))[1])
+    assert explain(run, "photos", "--batch-size", "2", "--methods", "saliency").exit_code == 0
+    assert runs == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("write", "suffixes", "words"),
+    [("panels", {".png"}, "2 panels, and index"), ("arrays", {".npz"}, "the arrays (.npz) of 2 images, and index")],
+)
+def test_panels_or_arrays_alone(run, folder, write, suffixes, words):
+    many(folder, 2)
+    result = explain(run, "photos", "--write", write, "--methods", "saliency")
+    assert result.exit_code == 0 and words in result.stdout
+    assert {path.suffix for path in (folder / "out").iterdir()} == {*suffixes, ".json"}
+    entry = read_index(folder)["images"][0]
+    assert (entry["panel"], entry["arrays"]) == (("0.png", None) if write == "panels" else (None, "0.npz"))
+    assert f"0{suffixes.pop()}" in result.stdout
+
+
+def test_the_table_shows_the_first_of_many(run, folder, monkeypatch):
+    monkeypatch.setattr(sys.modules["graphgbp.cli.explain"], "_PHOTOS_SHOWN", 2)
+    many(folder, 5)
+    result = explain(run, "photos", "--methods", "saliency", "--top", "2")
+    assert "1-top2.png" in result.stdout and "2-top1.png" not in result.stdout
+    assert "and 6 more, listed in index.json" in result.stdout and "10 panels" in result.stdout
+
+
 def test_the_demo(spawn, tmp_path):
     """An espresso is seen in a cup of coffee."""
     models = ROOT / "models"
@@ -215,4 +367,4 @@ def test_the_demo(spawn, tmp_path):
     first = next(line for line in done.stdout.splitlines() if "coffee.png" in line)
     assert "967 espresso" in first
     with Image.open(tmp_path / "demo" / "coffee.png") as panel:
-        assert panel.width == 2067
+        assert panel.width == 2068
