@@ -133,7 +133,10 @@ def is_joined(node: gs.Node) -> bool:
 
 
 def curves(node: gs.Node) -> Iterator[Curve]:
-    """The curves that end at a node, that of the nearest x first."""
+    """The curves that end at a node, that of the nearest x first.
+
+    All ways back lead through x, so none is found behind the first tensor at which a way ends.
+    """
     waiting = [node]
     seen: set[str] = set()
     for reader in waiting:
@@ -145,8 +148,9 @@ def curves(node: gs.Node) -> Iterator[Curve]:
             if inner is not None:
                 yield Curve(node, tensor, tuple(inner))
             maker = producer(tensor)
-            if maker is not None and maker.op in _ELEMENTWISE:
-                waiting.append(maker)
+            if maker is None or maker.op not in _ELEMENTWISE:
+                return
+            waiting.append(maker)
 
 
 def _is_constant(tensor: gs.Tensor) -> bool:

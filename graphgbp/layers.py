@@ -99,6 +99,7 @@ class LayerSearch:
         """Every tensor that can serve as target layer, from input to score."""
         crossed = {tensor.name for tensor in separators(self.nodes, self.image)} - {self.score.name}
         attending = {tensor.name for tensor in self._attending}
+        eligible = crossed | attending
         return [
             Layer(
                 tensor,
@@ -108,7 +109,7 @@ class LayerSearch:
             )
             for node in self.nodes
             for tensor in node.outputs
-            if tensor.name in crossed | attending
+            if tensor.name in eligible
             and not counts_steps(tensor, self.view.stored)
             and self._is_spatial(tensor)
             and self._positions_reach(tensor)

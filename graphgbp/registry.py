@@ -6,6 +6,7 @@ schemas, so a newer version of an operator is unknown until somebody has read it
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import onnx
@@ -97,8 +98,13 @@ def _add(key: Key, entry: Entry) -> None:
 def since_version(node: gs.Node, opsets: Mapping[str, int]) -> int | None:
     """The version of the node's operator that the model's opsets mean; None where ONNX defines no such operator."""
     domain = node.domain or ""
+    return _since_version(node.op, opsets.get(domain, 0), domain)
+
+
+@cache
+def _since_version(op: str, opset: int, domain: str) -> int | None:
     try:
-        return onnx.defs.get_schema(node.op, opsets.get(domain, 0), domain).since_version
+        return onnx.defs.get_schema(op, opset, domain).since_version
     except onnx.defs.SchemaError:
         return None
 

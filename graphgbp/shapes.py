@@ -138,10 +138,15 @@ def _makes_those_sizes(resize: Mapping[str, Any]) -> bool:
     return "axes" not in resize and resize.get("keep_aspect_ratio_policy", b"stretch") == b"stretch"
 
 
+_TOLD = {"Reshape", "Expand", "ConstantOfShape", "Resize", "Tile", "Concat", "DepthToSpace", "SpaceToDepth"}
+
+
 def _told_sizes(
     node: onnx.NodeProto, types: Mapping[str, TensorType], sizes: Mapping[str, np.ndarray]
 ) -> Sequence[symbols.Open] | None:
     """The sizes of the output of a node that takes them as an input, or that multiplies, divides or adds sizes."""
+    if node.op_type not in _TOLD:
+        return None
     shapes = [types[name].shape if name in types else None for name in node.input]
     given = [sizes[name].reshape(-1).tolist() if name in sizes else None for name in node.input]
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -189,10 +194,12 @@ def _window_sizes(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Iter
 
     An open size becomes a symbol: equal geometry on equal sizes, equal symbol.
     """
+    if node.op_type not in ("Conv", "MaxPool", "AveragePool", "LpPool"):
+        return
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     shape = types[node.input[0]].shape if node.input and node.input[0] in types else None
     kernel: Sequence[int] | None = attributes.get("kernel_shape") or _kernel_of_weight(node, types)
-    if shape is None or kernel is None or node.op_type not in ("Conv", "MaxPool", "AveragePool", "LpPool"):
+    if shape is None or kernel is None:
         return
     rank = len(kernel)
     strides = attributes.get("strides") or [1] * rank
@@ -238,7 +245,9 @@ def _scaled_sizes(
 
 def _transposed_sizes(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> Iterator[tuple[int, str]]:
     """Open sizes of a ConvTranspose whose pads are spelled out."""
-    shape = types[node.input[0]].shape if node.op_type == "ConvTranspose" and node.input[0] in types else None
+    if node.op_type != "ConvTranspose":
+        return
+    shape = types[node.input[0]].shape if node.input[0] in types else None
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     kernel = _kernel_of_weight(node, types)
     if (
