@@ -79,11 +79,16 @@ def facts(result: Explained, class_names: Sequence[str] | None = None) -> list[F
 
 
 def _ranked(result: Explained) -> list[list[Any]]:
-    """Every class of every image, highest first."""
+    """The highest classes of every image, highest first; all of them where the explained one is not among the first."""
     try:
-        return result.top(sys.maxsize)
+        best = result.top(TOP)
     except RequestError:  # a score at every position, such as a segmentation's
         return [[] for _ in result.images]
+    listed = [
+        index == contract.PREDICTED or index in {entry.class_index for entry in row}
+        for index, row in zip(result.target_class.tolist(), best, strict=True)
+    ]
+    return best if all(listed) else result.top(sys.maxsize)
 
 
 def _fact(index: int | None, score: float, ranked: Sequence[Any], class_names: Sequence[str] | None) -> Fact:

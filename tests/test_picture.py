@@ -13,7 +13,7 @@ from PIL import Image, ImageShow
 from graphgbp import Explainer, picture
 from graphgbp.contract import Manifest
 from graphgbp.errors import ImageError, OutputError, RequestError
-from tests.build import drawn, small_cnn
+from tests.build import drawn, model, small_cnn
 
 NAMES = ["a", "b", "c"]
 CLASSES = ["ant", "bee", "cat", "dog", "elk"]
@@ -88,6 +88,17 @@ def test_a_model_without_probabilities_gets_a_score():
     fact = picture.facts(found, CLASSES)[0]
     assert fact.probability is None and fact.top[0].keys() == {"class", "class_name", "score"}
     assert fact.subtitle.startswith("class 2 · score ")
+
+
+def test_a_class_that_is_not_among_the_highest_has_its_probability():
+    nodes = ["r = Conv(x, w)", "h = Relu(r)", "p = GlobalAveragePool(h)", "f = Flatten(p)", "z = MatMul(f, v)"]
+    weights = {"w": drawn(4, 3, 3, 3), "v": drawn(4, 9, seed=1)}
+    proto = model([*nodes, "y = Softmax<axis=1>(z)"], {"x": ["N", 3, 8, 8]}, ["y"], weights)
+    explainer, images = Explainer(proto, ["saliency"], device="cpu"), drawn(2, 3, 8, 8, seed=2)
+    y = explainer.explain(images).outputs["y"]
+    first, second = picture.facts(explainer.explain(images, [int(y[0].argmin()), int(y[1].argmax())]))
+    assert (first.probability, second.probability) == (pytest.approx(y[0].min()), pytest.approx(y[1].max()))
+    assert len(first.top) == len(second.top) == 5
 
 
 def test_weights_explain_no_single_class():
