@@ -207,3 +207,11 @@ def test_the_digest_of_a_model_is_that_of_its_file(tmp_path):
     for model in (made, onnx.ModelProto(), onnx.ModelProto.FromString(b"\xc2\x3e\x03new" + made.SerializeToString())):
         content = model.SerializeToString(deterministic=True)
         assert digests.of_model(model) == hashlib.sha256(content).hexdigest()
+
+
+def test_the_digest_of_a_model_copies_no_more_than_a_weight_at_a_time():
+    made = small_cnn()
+    weights = [len(tensor.raw_data) for tensor in made.graph.initializer]
+    made.graph.initializer.add(name="large", dims=[2 * sum(weights)], data_type=2, raw_data=bytes(2 * sum(weights)))
+    pieces = [len(piece) for piece in digests._serialized(made)]
+    assert sum(pieces) == made.ByteSize() and max(pieces) == 2 * sum(weights)
