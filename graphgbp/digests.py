@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 _digests: dict[tuple[int, ...], str] = {}
-_CHUNK = 2**24  # bytes: large, because each one read may wait for the interpreter
+_CHUNK = 2**21  # bytes: each one read may wait for the interpreter, and takes memory
 _SECOND = 10**9  # nanoseconds, as the next two
 _TICK = _SECOND // 10  # longer than the clock of a file system that writes fractions of a second takes for a tick
 _LONGEST_TICK = 2 * _SECOND
