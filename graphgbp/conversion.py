@@ -12,11 +12,11 @@ from graphgbp._version import __version__
 from graphgbp.analysis import Analysis
 from graphgbp.append import append_checked
 from graphgbp.contract import Manifest, public_names
-from graphgbp.emit import Emitter
 from graphgbp.errors import RequestError
 from graphgbp.layers import Layer
 from graphgbp.maps import Plan, make_maps
 from graphgbp.options import AUTO, DEFAULT_METHODS, Options, Request, names
+from graphgbp.parts import PartwiseEmitter
 from graphgbp.prepare import prepare
 from graphgbp.score import Score
 from graphgbp.source import ModelLike, Source, open_source
@@ -92,7 +92,7 @@ def _append_explanation(source: Source, options: Options) -> onnx.ModelProto:
     analysis.refuse_unexplainable()
     plan = Plan(options, analysis, _layers(analysis, options) if options.needs_layer else {})
 
-    g = Emitter(analysis.view.graph, analysis.view.opset)
+    g = PartwiseEmitter(analysis.view.graph, analysis.view.opset)
     taken = model_file.taken_names(model)
     inputs_of = _target_inputs(options, analysis.score, taken)
     seed = targets.seed(g, analysis.score, inputs_of)

@@ -13,8 +13,8 @@ from graphgbp.analysis import table_of
 from graphgbp.append import append_checked
 from graphgbp.backward import backward, is_float
 from graphgbp.contract import Manifest, public_names
-from graphgbp.emit import Emitter
 from graphgbp.errors import ModelFileError, RequestError
+from graphgbp.parts import PartwiseEmitter
 from graphgbp.prepare import prepare
 from graphgbp.source import ModelLike, Source, open_source
 from graphgbp.view import View
@@ -36,7 +36,7 @@ def vjp(model: ModelLike, inputs: Sequence[str] | None = None, outputs: Sequence
 def append_vjp(source: Source, inputs: Sequence[str] | None, outputs: Sequence[str] | None) -> onnx.ModelProto:
     """`vjp` of a model of our own, which is changed."""
     model, view = source.model, prepare(source.model, source.folder)
-    g = Emitter(view.graph, view.opset)
+    g = PartwiseEmitter(view.graph, view.opset)
     wanted = _choose(inputs, view.graph.inputs, "input")
     seeded = _choose(outputs, view.graph.outputs, "output")
     roles = [f"{y.name}_grad" for y in seeded] + [f"{x.name}_grad" for x in wanted]

@@ -12,7 +12,7 @@ FLOORS = [
     ["shapes"],
     ["files", "weights", "digests"],
     ["emit", "registry", "model_file", "patterns"],
-    ["masks", "nodes", "curves", "sizes", "forms"],
+    ["masks", "nodes", "curves", "sizes", "forms", "parts"],
     ["rules", "branches", "functions", "smooth", "plain", "stored", "folding"],
     ["view", "inference"],
     ["prepare", "equivalence"],
