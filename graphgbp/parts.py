@@ -124,7 +124,9 @@ class PartwiseEmitter(Emitter):
             return x
         if x.shape[axis] != given.shape[part.axis]:
             return None
-        return self.slice(x, [part.begin], [part.begin + part.size], [axis])
+        cut = self.slice(x, [part.begin], [part.begin + part.size], [axis])
+        cut.shape = (*x.shape[:axis], part.size, *x.shape[axis + 1 :])
+        return cut
 
 
 def _reduces_others(x: gs.Tensor, others: Sequence[gs.Tensor], attributes: Mapping[str, Any], axis: int) -> bool:
