@@ -108,7 +108,7 @@ class Session:
         if asked is None:
             self._session, self._device, self.device_note = _open_best(content, options, tf32)
         else:
-            self._session, self._device = _open(content, options, asked, tf32), asked
+            self._session, self._device = open_session(content, options, asked, tf32), asked
         self.device = str(self._device)
         self.manifest = _read_manifest(self._session)
         self._read_signature()
@@ -247,14 +247,18 @@ def _open_best(model: bytes | str, options: Any, tf32: bool) -> tuple[Any, Devic
     note, cuda = cuda_obstacle(), Device("cuda")
     if note is None:
         try:
-            return _open(model, options, cuda, tf32), cuda, None
+            return open_session(model, options, cuda, tf32), cuda, None
         except (DeviceError, ModelFileError) as error:
             note = str(error)
     cpu = Device("cpu")
-    return _open(model, options, cpu, tf32), cpu, f"CUDA is not used: {note}"
+    return open_session(model, options, cpu, tf32), cpu, f"CUDA is not used: {note}"
 
 
-def _open(model: bytes | str, options: Any, device: Device, tf32: bool) -> Any:
+def open_session(model: bytes | str, options: Any, device: Device, tf32: bool = False) -> Any:
+    """An onnxruntime.InferenceSession of any model, on the asked device and no other.
+
+    Raises DeviceError where that cannot be had, ModelFileError where the model cannot be loaded.
+    """
     import onnxruntime
 
     providers: list[Any] = [CPU_PROVIDER]
