@@ -1,6 +1,6 @@
 """Who runs in docs/bench.md: ONNX Runtime with the source file and the converted ones, Captum in torch, onnx-ad.
 
-Each contestant explains class TARGET of the same images and is a function without arguments, warm when it is handed out.
+Each contestant explains class TARGET of the same images; a run of it is a function without arguments.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTESTANTS = {
 }
 METHODS = {"explained": ["guided_gradcam"], "saliency": ["saliency"]}
 SINGLE = ("compiled", "onnx_ad")
-"""Slow to make or to run, and hence measured for one image only; onnx-ad's Conv needs a static shape anyway."""
+"""Slow to make or to run, and hence measured for one image only; compiling also at one number of threads only."""
 TARGET = 1
 RECOMPILATIONS = 64
 """torch.compile gives up at 8, fewer than Captum's hooks make of a network of many blocks."""
@@ -101,19 +101,24 @@ def of_session(session: Any, x: np.ndarray, place: Place) -> Run:
 # -- onnx-ad ----------------------------------------------------------------------------------------------------------
 
 
-def rewritten(name: str, cache: Path) -> tuple[Path, float]:
-    """The network with onnx-ad's VJP of its scores, and the seconds that the rewriting took, once."""
-    path, seconds = cache / f"{name}.onnx_ad.onnx", cache / f"{name}.onnx_ad.seconds"
-    if not seconds.exists():
-        import onnx_ad
+def rewritten(name: str, cache: Path) -> Path:
+    """The network with onnx-ad's VJP of its scores."""
+    path = cache / f"{name}.onnx_ad.onnx"
+    if not path.exists():
+        model, _ = rewrite(name, cache)
+        onnx.save(model, path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
+    return path
 
-        source = onnx.load(bench_networks.exported(name, cache, static=True))
-        start = time.perf_counter()
-        model = onnx_ad.reverse(source, inputs=["image"], outputs=["scores"], layout="onnx")
-        taken = time.perf_counter() - start
-        onnx.save(model, path)
-        seconds.write_text(f"{taken:.3f}\n")
-    return path, float(seconds.read_text())
+
+def rewrite(name: str, cache: Path) -> tuple[onnx.ModelProto, float]:
+    """That model, made anew, and the seconds it took."""
+    import onnx_ad
+
+    source = onnx.load(bench_networks.exported(name, cache, static=True))
+    start = time.perf_counter()
+    model = onnx_ad.reverse(source, inputs=["image"], outputs=["scores"], layout="onnx")
+    return model, time.perf_counter() - start
 
 
 # -- Captum -----------------------------------------------------------------------------------------------------------
@@ -121,28 +126,16 @@ def rewritten(name: str, cache: Path) -> tuple[Path, float]:
 
 @dataclass
 class Captum:
-    """A network in torch, and the module in it whose output is graphgbp's target layer; None where Captum's
-    Guided Grad-CAM cannot work: it takes the layer's output for an image, and tokens are none.
-    """
+    """Captum's Guided Grad-CAM of a network in torch, at one of its modules; its Guided Backpropagation without one."""
 
     network: Any
     layer: str | None
     place: Place
 
-    @classmethod
-    def of(cls, name: str, cache: Path, place: Place, features: np.ndarray) -> Captum:
-        import torch
-        from torch_reference import Recorder, out_of_place
-        from torch_reference import place as find
+    def __post_init__(self) -> None:
+        self.network.to(self.place.device)
 
-        network = out_of_place(bench_networks.module(name), torch.float32)
-        x = torch.from_numpy(images(len(features))).requires_grad_()
-        with Recorder(network, features.size) as recorder:
-            network(x)
-        layer = find(recorder.made, features)[0] if features.ndim == 4 else None
-        return cls(network.to(place.device), layer, place)
-
-    def runs(self, batch: int, *, compiled: bool = False) -> Run:
+    def run(self, batch: int, *, compiled: bool = False) -> Run:
         """Guided Grad-CAM, or Guided Backpropagation, of a batch."""
         import torch
 
@@ -154,13 +147,27 @@ class Captum:
             attribute = torch.compile(attribute)
         x = torch.from_numpy(images(batch)).to(self.place.device)
 
-        def run() -> Any:
+        def one() -> Any:
             found = attribute(x).detach()
             if self.place.device != "cpu":
                 torch.cuda.synchronize(self.place.device)
             return found
 
-        return run
+        return one
+
+
+def captum_layer(network: Any, features: np.ndarray) -> str | None:
+    """The module whose output for `images` is graphgbp's target layer; None where Captum's Guided Grad-CAM cannot
+    work there: it takes the layer's output for an image, and tokens are none.
+    """
+    import torch
+    from torch_reference import OutOfPlace, Recorder, place
+
+    if features.ndim != 4:
+        return None
+    with OutOfPlace(), Recorder(network, features.size) as recorder:
+        network(torch.from_numpy(images(len(features))).requires_grad_())
+    return place(recorder.made, features)[0]
 
 
 def attribution(network: Any, layer: str | None) -> Callable[[Any], Any]:

@@ -62,9 +62,13 @@ def exported(name: str, cache: Path, size: int = SIZE, *, static: bool = False) 
     return path
 
 
+def weights_path(name: str, cache: Path) -> Path:
+    return cache / f"{name}.pt"
+
+
 def weights(name: str, cache: Path) -> Path:
     """The network's weights as torch saves them."""
-    path = cache / f"{name}.pt"
+    path = weights_path(name, cache)
     if not path.exists():
         import torch
 
@@ -73,3 +77,17 @@ def weights(name: str, cache: Path) -> Path:
         torch.save(module(name).state_dict(), partial)
         partial.rename(path)
     return path
+
+
+def loaded(name: str, cache: Path) -> nn.Module:
+    """The network in torch, its weights mapped from their file, and no activation overwriting its input."""
+    import torch
+    import torchvision
+
+    with torch.device("meta"):
+        network: nn.Module = torchvision.models.get_model(name, weights=None).eval()
+    network.load_state_dict(torch.load(weights(name, cache), mmap=True), assign=True)
+    for part in network.modules():
+        if hasattr(part, "inplace"):
+            setattr(part, "inplace", False)  # noqa: B010  no attribute that Module declares
+    return network.requires_grad_(False)

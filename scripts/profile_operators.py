@@ -92,9 +92,7 @@ def measure(name: str, asked: argparse.Namespace) -> dict[str, Profile]:
     }
 
 
-def profile(
-    model: bytes | onnx.ModelProto, feeds: Mapping[str, np.ndarray], threads: int, runs: int = RUNS
-) -> Profile:
+def profile(model: bytes | onnx.ModelProto, feeds: Mapping[str, np.ndarray], threads: int, runs: int = RUNS) -> Profile:
     """What ONNX Runtime's CPU provider spends, the median of some runs node by node."""
     content = model if isinstance(model, bytes) else model.SerializeToString()
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +185,7 @@ def _table(before: Mapping[str, Profile] | None, after: Mapping[str, Profile]) -
 
     everything = list(dict.fromkeys(kind for profile in columns.values() for kind in profile["operators"]))
     shown = [kind for kind in everything if max(cost(column, [kind])[0] for column in columns) >= LEAST * one]
-    rows = [(kind, [kind]) for kind in sorted(shown, key=above, reverse=True)]
+    rows = [(kind, [kind]) for kind in sorted(shown, key=lambda kind: above([kind]), reverse=True)]
     rest = [kind for kind in everything if kind not in shown]
     rows += [(f"{len(rest)} others", rest)] * bool(rest) + [("**all**", everything)]
     lines = [f"| operator | {' | '.join(columns)} | above {LIMIT:.0f}x |", "| --- " * (len(columns) + 2) + "|"]
