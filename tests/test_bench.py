@@ -128,7 +128,6 @@ def test_the_readmes_lines_are_replaced_and_nothing_else():
     assert "costs 2.5 forward passes" in text.replace("\n", " ")
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="no docs/bench.json")
 def test_the_documents_say_what_was_measured():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     page = bench_page.page(results, Path("images/bench.svg"))
