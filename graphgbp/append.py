@@ -14,10 +14,12 @@ from graphgbp.errors import GraphgbpError
 from graphgbp.inference import skeleton
 from graphgbp.model_file import tensor_names
 from graphgbp.nodes import input_names, node_proto
+from graphgbp.shapes import is_static
 from graphgbp.view import View
 
 _READ_SHAPES = ("Shape", "Size")
 _HAVE_FLOAT16 = ("Cast", *_READ_SHAPES)
+_TAKE_SIZES = ("Expand", "Reshape", "Resize", "Slice", "ConvTranspose")
 _INITIALIZERS_NEED_NO_INPUT = 4  # the IR version from which an initializer need not be a graph input
 
 
@@ -49,6 +51,9 @@ def append(
         else:
             graph.node.append(helper.make_node("Constant", [], [name], name, value=value))
     graph.node.extend(nodes)
+    graph.value_info.extend(
+        _sizes_to_declare(graph, g, there - view.stored.keys(), {name for node in nodes for name in node.output})
+    )
     graph.input.extend(_value_info(tensor) for tensor in inputs)
     graph.output.extend(_value_info(tensor) for tensor in outputs)
 
@@ -97,6 +102,34 @@ def _computed_in_float16(view: View) -> set[str]:
             made.update(y.name for y in node.outputs)
             moving.update(y.name for y in node.outputs)
     return {name for name in made if view.stored.get(name) == np.float16}
+
+
+def _sizes_to_declare(graph: onnx.GraphProto, g: Emitter, there: set[str], live: set[str]) -> list[onnx.ValueInfoProto]:
+    """The open sizes of images that the runtime cannot find by itself, so that it sees which tensors have equal sizes.
+
+    It follows the size of the batch until a shape is computed, and no other open size: then what we read is declared
+    too, behind what we make.
+    """
+    told = {value.name for value in (*graph.input, *graph.output, *graph.value_info)}
+    ours: dict[str, gs.Tensor] = {}
+    read: dict[str, gs.Tensor] = {}
+    for node in g.nodes:
+        made = {y.name: y for y in node.outputs if y.name in live}
+        if made and (node.op in _TAKE_SIZES or any(_is_open_image(y, 2) for y in made.values())):
+            ours |= made
+            read |= {x.name: x for x in node.inputs if x.name in there and _is_open_image(x, 2)}
+    return [
+        helper.make_tensor_value_info(name, elem_type(tensor.dtype), list(tensor.shape))
+        for name, tensor in (ours | read).items()
+        if name not in told and _is_open_image(tensor, 0)
+    ]
+
+
+def _is_open_image(tensor: gs.Tensor, first: int) -> bool:
+    """Whether the tensor is a float32 [N, C, H, W] of which a size is open, from axis `first` on."""
+    if tensor.dtype != np.float32 or tensor.shape is None or len(tensor.shape) != 4:
+        return False
+    return not is_static(tensor.shape[first:])
 
 
 def _live(nodes: Sequence[onnx.NodeProto], outputs: Sequence[gs.Variable], there: set[str]) -> list[onnx.NodeProto]:

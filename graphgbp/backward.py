@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphgbp import blocked
 from graphgbp.emit import Emitter
 from graphgbp.errors import UnsupportedOperatorError
 from graphgbp.nodes import input_names, label
-from graphgbp.registry import NONDIFFERENTIABLE, Entry, Rule, Unsupported, since_version
+from graphgbp.registry import NONDIFFERENTIABLE, Arrived, Entry, Repeated, Rule, Unsupported, since_version
 from graphgbp.view import View
 
 RuleFor = Callable[[gs.Node], Entry | None]
@@ -45,7 +46,7 @@ def backward(
     nodes = active_nodes(view, wanted, seeds, rule_for)
     refuse_gaps(gaps(view, nodes, wanted, seeds, rule_for), view)
     varied = varied_tensors(view, wanted, rule_for)
-    arrived: dict[str, list[gs.Tensor]] = {name: [seed] for name, seed in seeds.items()}
+    arrived: dict[str, list[Arrived]] = {name: [seed] for name, seed in seeds.items()}
     with g.scope(scope):
         for node in reversed(nodes):
             rule = rule_for(node)
@@ -53,23 +54,40 @@ def backward(
             with g.scope(label(node)):
                 for x, dx in _propagate(g, node, rule, arrived, varied):
                     arrived.setdefault(x.name, []).append(dx)
-        return {name: g.sum(arrived[name]) for name in wanted if name in arrived}
+        return {name: _accumulated(g, arrived[name], view.tensors[name]) for name in wanted if name in arrived}
 
 
 def _propagate(
-    g: Emitter, node: gs.Node, rule: Rule, arrived: Mapping[str, list[gs.Tensor]], varied: set[str]
-) -> Iterable[tuple[gs.Tensor, gs.Tensor]]:
+    g: Emitter, node: gs.Node, rule: Rule, arrived: Mapping[str, list[Arrived]], varied: set[str]
+) -> Iterable[tuple[gs.Tensor, Arrived]]:
     """(input, its cotangent) for each varied input of a node."""
     outputs = node.outputs[: rule.outputs]
-    dy = [g.sum(arrived[y.name]) if y.name in arrived else g.zeros_like(y) for y in outputs]
+    if not any(y.name in arrived for y in outputs):
+        return
+    dy = [_accumulated(g, arrived[y.name], y) if y.name in arrived else g.zeros_like(y) for y in outputs]
     positions = range(len(node.inputs)) if rule.wrt is None else rule.wrt
     inputs = [node.inputs[index] if index < len(node.inputs) else None for index in positions]
     answers = list(rule.vjp(g, node, *dy))
     assert len(answers) == len(inputs), f"the rule of {node.op} answers for {len(answers)} of {len(inputs)} inputs"
     for x, answer in zip(inputs, answers, strict=True):
-        if x is not None and x.name in varied:
-            dx = answer() if callable(answer) else answer
+        if x is None or x.name not in varied:
+            continue
+        dx = answer() if callable(answer) else answer
+        if isinstance(dx, Repeated):
+            yield x, dx
+        elif dx is not None:
             yield x, unbroadcast(g, dx, x) if rule.broadcast else g.with_shape(dx, x)
+
+
+def _accumulated(g: Emitter, arrived: Sequence[Arrived], x: gs.Tensor) -> gs.Tensor:
+    """The sum of the cotangents of x. What is repeated is spelled out only where nothing else arrived."""
+    terms = [term for term in arrived if not isinstance(term, Repeated)]
+    repeated = [term.tensor for term in arrived if isinstance(term, Repeated)]
+    if not repeated:
+        return g.sum(terms)
+    if terms:
+        return g.with_shape(g.add(g.sum(terms), g.sum(repeated)), x)
+    return blocked.enter(g, g.expand_like(g.sum(repeated), x), x)
 
 
 def unbroadcast(g: Emitter, dy: gs.Tensor, x: gs.Tensor) -> gs.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphgbp import contract, heads, policies
+from graphgbp import contract, heads, lowerings, policies
 from graphgbp.analysis import Analysis
 from graphgbp.backward import RuleFor, backward
 from graphgbp.contract import method_of, role_of
@@ -61,14 +61,15 @@ def make_maps(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
 def _gradients(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
     """The maps that are gradients by the inputs, each under its policy, and what is made of them alone."""
     analysis, asked = plan.analysis, plan.options.methods
+    rules = lowerings.as_one(analysis.view, analysis.rule_for, analysis.image_names)
     masked = [*analysis.rectifiers, *(analysis.smooth if plan.options.rectifiers == "all" else [])]
     passes: list[tuple[str, str, RuleFor]] = []
     if contract.SALIENCY in asked or contract.INPUT_X_GRADIENT in asked:
-        passes.append((contract.SALIENCY, "gradient", analysis.rule_for))
+        passes.append((contract.SALIENCY, "gradient", rules))
     if contract.GUIDED_BACKPROP in asked or contract.GUIDED_GRADCAM in asked:
-        passes.append((contract.GUIDED_BACKPROP, "guided", policies.guided(analysis.rule_for, masked)))
+        passes.append((contract.GUIDED_BACKPROP, "guided", policies.guided(rules, masked)))
     if contract.DECONVNET in asked:
-        deconvnet = policies.deconvnet(analysis.rule_for, analysis.rectifiers)
+        deconvnet = policies.deconvnet(rules, analysis.rectifiers)
         passes.append((contract.DECONVNET, "deconvnet", deconvnet))
     made: Maps = {}
     for method, scope, rule_for in passes:
@@ -91,7 +92,8 @@ def _backward(
 def _layer_gradients(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
     """A and dS/dA of every target layer, by the plain gradient."""
     wanted = list(dict.fromkeys(layer.tensor.name for layer in plan.layers.values()))
-    found = _backward(g, plan, cotangent, wanted, plan.analysis.rule_for, "gradient")
+    rules = lowerings.as_one(plan.analysis.view, plan.analysis.rule_for, wanted)
+    found = _backward(g, plan, cotangent, wanted, rules, "gradient")
     made: Maps = {}
     for name, layer in plan.layers.items():
         made[plan.layer_role(contract.GRADCAM_FEATURES, name)] = layer.tensor

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from graphgbp import masks
 from graphgbp.backward import RuleFor
 from graphgbp.emit import Emitter
-from graphgbp.registry import Cotangent, Entry, Rule
+from graphgbp.registry import Cotangent, Entry, Repeated, Rule
 from graphgbp.smooth import Activation
 
 
@@ -47,11 +47,11 @@ def _guided(rule: Rule, rectifier: Activation) -> Rule:
         x, (_, index) = rectifier.x, rectifier.route[0]
         return _hands_on(rule, index, lambda g, dy: masks.where_positive(g, g.relu(dy), x))
 
-    def vjp(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
+    def vjp(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor | None]:
         answers = [_made(answer) for answer in rule.vjp(g, node, g.relu(dy))]
         if rectifier.vanishes:
             return answers
-        return [masks.where_positive(g, answer, rectifier.x) for answer in answers]
+        return [answer and masks.where_positive(g, answer, rectifier.x) for answer in answers]
 
     return replace(rule, vjp=vjp)
 
@@ -78,5 +78,7 @@ def _hands_on(rule: Rule, index: int, change: Callable[[Emitter, gs.Tensor], gs.
     return replace(rule, vjp=vjp)
 
 
-def _made(answer: Cotangent) -> gs.Tensor:
-    return answer() if callable(answer) else answer
+def _made(answer: Cotangent) -> gs.Tensor | None:
+    made = answer() if callable(answer) else answer
+    assert not isinstance(made, Repeated), "the rule of an activation gives cotangents in the shape of x"
+    return made

@@ -12,7 +12,16 @@ from typing import TypeAlias
 import onnx
 import onnx_graphsurgeon as gs
 
-Cotangent: TypeAlias = gs.Tensor | Callable[[], gs.Tensor]
+
+@dataclass(frozen=True)
+class Repeated:
+    """A cotangent that is the same along axes: it has size 1 there, and is repeated where that must be."""
+
+    tensor: gs.Tensor
+
+
+Arrived: TypeAlias = gs.Tensor | Repeated
+Cotangent: TypeAlias = Arrived | Callable[[], Arrived] | None
 VJP: TypeAlias = Callable[..., Iterable[Cotangent]]
 Refusal: TypeAlias = Callable[[gs.Node], str | None]
 Key: TypeAlias = tuple[str, str, int]
@@ -22,7 +31,8 @@ Key: TypeAlias = tuple[str, str, int]
 class Rule:
     """How cotangents pass an operator.
 
-    vjp(g, node, dy...) gives one cotangent for each input in `wrt`, or a function that makes it when wanted.
+    vjp(g, node, dy...) gives one cotangent for each input in `wrt`, or a function that makes it when wanted; None where
+    nothing passes to that input by this node.
     One dy comes for each of the first `outputs` outputs (None: for every output).
     `wrt` holds input positions; None means every input (variadic operators).
     `broadcast` says the inputs broadcast against each other: the engine sums the cotangents back.

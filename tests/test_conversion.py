@@ -158,7 +158,7 @@ def test_any_subset_of_methods_gives_the_same_maps(explained, methods):
 def test_a_file_with_one_method_holds_no_other(source):
     saliency, everything = (len(appended(graphgbp.convert(MODEL, m), source)) for m in (["saliency"], ALL))
     gradcam = len(appended(graphgbp.convert(MODEL, ["gradcam"]), source))
-    assert gradcam < 40 < saliency < everything
+    assert gradcam < 50 < saliency < everything
 
 
 def test_the_cams_share_one_backward_pass(source):

@@ -12,12 +12,12 @@ FLOORS = [
     ["shapes"],
     ["files", "weights", "digests"],
     ["emit", "registry", "model_file", "patterns"],
-    ["masks", "nodes", "curves", "sizes", "forms", "parts"],
+    ["masks", "blocked", "nodes", "curves", "sizes", "forms", "parts"],
     ["rules", "branches", "functions", "smooth", "plain", "stored", "folding"],
     ["view", "inference"],
     ["prepare", "equivalence"],
     ["opset", "backward", "rectifiers", "append"],
-    ["policies", "image", "source"],
+    ["policies", "lowerings", "image", "source"],
     ["axes"],
     ["layouts", "operators"],
     ["extents", "attention"],
@@ -93,7 +93,7 @@ def test_engine_imports_no_rule_and_names_no_operator():
 
 def test_rules_do_not_see_the_engine():
     for path in (PACKAGE / "rules").glob("*.py"):
-        assert imports(path) <= {"emit", "registry", "masks", "shapes", "rules"}, path
+        assert imports(path) <= {"emit", "registry", "masks", "blocked", "shapes", "rules"}, path
 
 
 def test_public_names_are_complete():

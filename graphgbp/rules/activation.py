@@ -5,7 +5,7 @@ from math import pi, sqrt
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphgbp import masks
+from graphgbp import blocked, masks
 from graphgbp.emit import Emitter
 from graphgbp.registry import Cotangent, vjp
 
@@ -20,14 +20,14 @@ def relu(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
 def sigmoid(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dx = dy y (1 - y)"""
     (y,) = node.outputs
-    return [g.mul(dy, g.mul(y, g.sub(g.like(y, 1), y)))]
+    return [g.mul(dy, g.mul(y, blocked.one_minus(g, y)))]
 
 
 @vjp("Tanh", versions=(13,))
 def tanh(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dx = dy (1 - y^2)"""
     (y,) = node.outputs
-    return [g.mul(dy, g.sub(g.like(y, 1), g.mul(y, y)))]
+    return [g.mul(dy, blocked.one_minus(g, g.mul(y, y)))]
 
 
 @vjp("Softplus", versions=(1, 22))
@@ -128,8 +128,12 @@ def hard_sigmoid(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
 def hard_swish(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """y = x h, h = clip(x/6 + 1/2, 0, 1); dx = dy (h + x h')"""
     (x,) = node.inputs
-    h = g.op("HardSigmoid", x, alpha=1 / 6, beta=0.5)
-    return [g.add(g.mul(dy, h), _inside_unit(g, g.scale(g.mul(dy, x), 1 / 6), h))]
+    return [g.mul(dy, hard_swish_slope(g, g.op("HardSigmoid", x, alpha=1 / 6, beta=0.5), x, 1 / 6))]
+
+
+def hard_swish_slope(g: Emitter, h: gs.Tensor, x: gs.Tensor, alpha: float) -> gs.Tensor:
+    """(x h)' = h + x h', for the gate h = clip(alpha x + beta, 0, 1)"""
+    return g.add(h, _inside_unit(g, blocked.scale(g, x, alpha), h))
 
 
 def _inside_unit(g: Emitter, dy: gs.Tensor, y: gs.Tensor) -> gs.Tensor:
@@ -155,7 +159,12 @@ def swish(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     (x,), (y,) = node.inputs, node.outputs
     alpha = node.attrs["alpha"]
     s = g.sigmoid(g.scale(x, alpha))
-    return [g.mul(dy, g.add(s, g.scale(g.mul(y, g.sub(g.like(x, 1), s)), alpha)))]
+    return [g.mul(dy, silu_slope(g, s, g.scale(y, alpha)))]
+
+
+def silu_slope(g: Emitter, s: gs.Tensor, y: gs.Tensor) -> gs.Tensor:
+    """(x s)' = s + y (1 - s), for the gate s = sigmoid(x) and y = x s"""
+    return g.add(s, g.mul(y, blocked.one_minus(g, s)))
 
 
 @vjp("Mish", versions=(18, 22))

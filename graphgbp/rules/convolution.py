@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
+from graphgbp import blocked
 from graphgbp.emit import Emitter
 from graphgbp.registry import Cotangent, vjp
 from graphgbp.rules.windows import Pads, Window, begin_and_end, lowest_same_padding, transpose, windows
@@ -35,7 +36,7 @@ def conv(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
     axes = windows(node, w.shape[2:])
     everything_but_channels = [0, *range(2, len(w.shape))]
     return [
-        lambda: transpose(g, dy, w, axes, x, group),
+        lambda: blocked.enter(g, transpose(g, dy, w, axes, x, group), x),
         lambda: _weight_cotangent(g, dy, x, axes, group),
         lambda: g.reduce_sum(dy, everything_but_channels, keepdims=False),
     ]

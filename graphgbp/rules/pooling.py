@@ -6,8 +6,9 @@ from math import prod
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphgbp import blocked
 from graphgbp.emit import Emitter
-from graphgbp.registry import Cotangent, vjp
+from graphgbp.registry import Cotangent, Repeated, vjp
 from graphgbp.rules.windows import Window, begin_and_end, lowest_same_padding, transpose, windows
 from graphgbp.shapes import is_static, window_count
 
@@ -53,7 +54,7 @@ def max_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
         dy = g.where(g.greater(y, g.like(y, np.finfo(y.dtype).min)), dy, g.like(dy, 0))
     zeros = g.op("Expand", g.like(dy, 0), g.reshape(g.count(x), [1]))
     dx = g.op("ScatterElements", zeros, g.reshape(indices, [-1]), g.reshape(dy, [-1]), axis=0, reduction="add")
-    return [g.reshape_like(dx, x)]
+    return [blocked.enter(g, g.reshape_like(dx, x), x)]
 
 
 @vjp("MaxUnpool", versions=(11, 22))
@@ -108,8 +109,12 @@ def _is_its_own_transpose(window: Window) -> bool:
 
 
 def _spread(g: Emitter, dy: gs.Tensor, axes: Sequence[Window], x: gs.Tensor, weight: float) -> gs.Tensor:
-    """The transpose of a sum over every tap of the window times a weight, channel by channel: they join the batch."""
+    """The transpose of a sum over every tap of the window times a weight, channel by channel."""
     taps = g.constant(np.full([1, 1, *(window.kernel for window in axes)], weight, dy.dtype))
+    channels = g.size(x, 1)
+    if isinstance(channels, int):
+        kernel = g.op("Expand", taps, g.ints([channels, *taps.shape[1:]]))
+        return blocked.enter(g, transpose(g, dy, kernel, axes, x, group=channels), x)
     images = g.reshape(dy, [-1, 1, *(g.size(dy, axis + 2) for axis in range(len(axes)))])
     return g.reshape_like(transpose(g, images, taps, axes, x), x)
 
@@ -172,9 +177,9 @@ def global_average_pool(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotang
     (x,) = node.inputs
     sizes = None if x.shape is None else x.shape[2:]
     if sizes is not None and all(isinstance(size, int) for size in sizes):
-        return [g.expand_like(g.scale(dy, 1 / prod(sizes)), x)]
+        return [Repeated(blocked.scale(g, dy, 1 / prod(sizes)))]
     positions = g.cast(g.div(g.count(x), g.count(dy)), dy.dtype)
-    return [g.expand_like(g.div(dy, positions), x)]
+    return [Repeated(g.div(dy, positions))]
 
 
 # -- p-norm ----------------------------------------------------------------------------------------------------------

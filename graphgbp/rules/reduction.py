@@ -4,7 +4,7 @@ import onnx_graphsurgeon as gs
 
 from graphgbp import masks
 from graphgbp.emit import Emitter, Size
-from graphgbp.registry import vjp
+from graphgbp.registry import Repeated, vjp
 
 
 def _refuse(node: gs.Node) -> str | None:
@@ -18,7 +18,7 @@ def _refuse(node: gs.Node) -> str | None:
 @vjp("ReduceSum", versions=(13,), refuse=_refuse)
 def reduce_sum(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dy, to every term"""
-    return [g.expand_like(_keep_axes(g, node, dy), node.inputs[0])]
+    return [Repeated(_keep_axes(g, node, dy))]
 
 
 @vjp("ReduceMean", versions=(13, 18), refuse=_refuse)
@@ -26,7 +26,7 @@ def reduce_mean(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
     """dy / n, to each of the n terms"""
     (x, *_) = node.inputs
     share = _divided(g, _keep_axes(g, node, dy), [g.size(x, axis) for axis in _axes(node)])
-    return [g.expand_like(share, x)]
+    return [Repeated(share)]
 
 
 @vjp("ReduceMax", versions=(13, 18, 20), refuse=_refuse)

@@ -85,6 +85,8 @@ def _parts(
     yield "node", before.graph.node, after.graph.node, is_appended
     weights = (before.graph.initializer, after.graph.initializer)
     yield "initializer", *weights, lambda name: is_appended(name) or name in public
+    sizes, there = (before.graph.value_info, after.graph.value_info), model_file.tensor_names(before)
+    yield "size", *sizes, lambda name: is_appended(name) or name in there
     yield "input", before.graph.input, after.graph.input, public.__contains__
     yield "output", before.graph.output, after.graph.output, public.__contains__
     yield "metadata", before.metadata_props, after.metadata_props, contract.MANIFEST_KEY.__eq__
@@ -96,7 +98,7 @@ def _rest(model: onnx.ModelProto) -> onnx.ModelProto:
     for field, value in model.ListFields():
         if field.name == "graph":
             for inner, part in value.ListFields():
-                if inner.name not in ("node", "initializer", "input", "output"):
+                if inner.name not in ("node", "initializer", "input", "output", "value_info"):
                     set_field(rest.graph, inner.name, part)
         elif field.name != "metadata_props":
             set_field(rest, field.name, value)

@@ -353,7 +353,10 @@ def _beside(path: Path | None) -> list[Path]:
 
 
 def _without_appended(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model without what bears a name of ours: nodes, initializers, inputs, outputs, the manifest."""
+    """The model without what bears a name of ours: nodes, initializers, inputs, outputs, the manifest.
+
+    Of declared sizes, those of our own tensors come first among ours.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     manifest = model_file.read_manifest(model)
@@ -372,6 +375,8 @@ def _without_appended(model: onnx.ModelProto) -> onnx.ModelProto:
             copies = [type(entry).FromString(entry.SerializeToString()) for entry in kept]
             del field[:]
             field.extend(copies)
+    sizes = [value.name for value in graph.value_info]
+    del graph.value_info[next((index for index, name in enumerate(sizes) if is_appended(name)), len(sizes)) :]
     return copy
 
 

@@ -31,6 +31,10 @@ def _foreign_node(made):
     made.graph.node.append(onnx.helper.make_node("Neg", ["y"], ["minus y"], "foreign"))
 
 
+def _foreign_size(made):
+    made.graph.value_info.append(onnx.helper.make_tensor_value_info("nowhere", onnx.TensorProto.FLOAT, [1]))
+
+
 def _other_header(made):
     made.producer_name = "somebody else"
 
@@ -65,11 +69,16 @@ def _slightly_larger_inside(begins, op):
     return lambda made: behind(made, node(made, begins, op=op).output[0], "Mul", 1.05)
 
 
+def _is_gentle(node):
+    """Whether the node is no step: the mask of a HardSigmoid rises by more than 1 between two neighbouring numbers."""
+    return any(attribute.name == "alpha" and abs(attribute.f) <= 1 for attribute in node.attribute)
+
+
 def _without_mask(begins, op):
     """A mask lets everything through."""
 
     def damage(made):
-        mask = node(made, begins, op=op)
+        mask = next(n for n in made.graph.node if n.name.startswith(begins) and n.op_type == op and not _is_gentle(n))
         if op == "HardSigmoid":
             del mask.attribute[:]
             mask.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in (("alpha", 0.0), ("beta", 1.0)))
@@ -132,6 +141,7 @@ DAMAGE = {
     "a node renamed": ((), _renamed_node, {"appended only"}),
     "outputs in another order": ((), _outputs_in_another_order, {"appended only"}),
     "a foreign node": ((), _foreign_node, {"appended only"}),
+    "the size of a tensor that is nowhere": ((), _foreign_size, {"appended only"}),
     "another header": ((), _other_header, {"appended only"}),
     "a name that is nowhere": ((), _missing_name, {"names", "manifest"}),
     "methods that are not told": ((), _manifest_says(methods=["saliency"]), {"manifest"}),
