@@ -60,16 +60,14 @@ def backward(
 def _propagate(
     g: Emitter, node: gs.Node, rule: Rule, arrived: Mapping[str, list[Arrived]], varied: set[str]
 ) -> Iterable[tuple[gs.Tensor, Arrived]]:
-    """(input, its cotangent) for each varied input of a node."""
+    """(tensor, its cotangent) for each varied tensor that a node's rule answers for."""
     outputs = node.outputs[: rule.outputs]
     if not any(y.name in arrived for y in outputs):
         return
     dy = [_accumulated(g, arrived[y.name], y) if y.name in arrived else g.zeros_like(y) for y in outputs]
-    positions = range(len(node.inputs)) if rule.wrt is None else rule.wrt
-    inputs = [node.inputs[index] if index < len(node.inputs) else None for index in positions]
-    answers = list(rule.vjp(g, node, *dy))
-    assert len(answers) == len(inputs), f"the rule of {node.op} answers for {len(answers)} of {len(inputs)} inputs"
-    for x, answer in zip(inputs, answers, strict=True):
+    receivers, answers = rule.receivers(node), list(rule.vjp(g, node, *dy))
+    assert len(answers) == len(receivers), f"the rule of {node.op} answers for {len(answers)} of {len(receivers)}"
+    for x, answer in zip(receivers, answers, strict=True):
         if x is None or x.name not in varied:
             continue
         dx = answer() if callable(answer) else answer
@@ -134,11 +132,13 @@ def active_nodes(view: View, wanted: Iterable[str], targets: Iterable[str], rule
     varied = varied_tensors(view, wanted, rule_for)
     needed, active = set(targets), []
     for node in reversed(view.graph.nodes):
-        names = input_names(node)
-        if rule_for(node) is NONDIFFERENTIABLE or varied.isdisjoint(names):
+        rule, names = rule_for(node), input_names(node)
+        if rule is NONDIFFERENTIABLE or varied.isdisjoint(names):
             continue
         if any(output.name in needed and output.name in varied for output in node.outputs if output.name):
             active.append(node)
+            if isinstance(rule, Rule) and rule.to is not None:
+                names = {x.name for x in rule.to}
             needed.update(names & varied)
     return active[::-1]
 

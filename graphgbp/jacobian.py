@@ -14,7 +14,7 @@ from graphgbp.append import append_checked
 from graphgbp.backward import backward, is_float
 from graphgbp.contract import Manifest, public_names
 from graphgbp.errors import ModelFileError, RequestError
-from graphgbp.lowerings import as_one
+from graphgbp.lowerings import lowered
 from graphgbp.parts import PartwiseEmitter
 from graphgbp.prepare import prepare
 from graphgbp.source import ModelLike, Source, open_source
@@ -45,7 +45,7 @@ def append_vjp(source: Source, inputs: Sequence[str] | None, outputs: Sequence[s
     given = {y.name: gs.Variable(names[f"{y.name}_grad"], _own_type(view, y), y.shape) for y in seeded}
     seeds = {y.name: g.cast(given[y.name], y.dtype) for y in seeded}
     names_wanted = [x.name for x in wanted]
-    found = backward(g, view, seeds, names_wanted, as_one(view, table_of(view), names_wanted), "vjp")
+    found = backward(g, view, seeds, names_wanted, lowered(view, table_of(view), names_wanted), "vjp")
     gradients = {x.name: g.cast(found.get(x.name) or g.zeros_like(x), _own_type(view, x)) for x in wanted}
     results = [g.name_output(gradient, names[f"{name}_grad"]) for name, gradient in gradients.items()]
     append_checked(model, view, g, list(given.values()), results)

@@ -61,7 +61,7 @@ def make_maps(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
 def _gradients(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
     """The maps that are gradients by the inputs, each under its policy, and what is made of them alone."""
     analysis, asked = plan.analysis, plan.options.methods
-    rules = lowerings.as_one(analysis.view, analysis.rule_for, analysis.image_names)
+    rules = lowerings.lowered(analysis.view, analysis.rule_for, analysis.image_names)
     masked = [*analysis.rectifiers, *(analysis.smooth if plan.options.rectifiers == "all" else [])]
     passes: list[tuple[str, str, RuleFor]] = []
     if contract.SALIENCY in asked or contract.INPUT_X_GRADIENT in asked:
@@ -92,7 +92,7 @@ def _backward(
 def _layer_gradients(g: Emitter, plan: Plan, cotangent: gs.Tensor) -> Maps:
     """A and dS/dA of every target layer, by the plain gradient."""
     wanted = list(dict.fromkeys(layer.tensor.name for layer in plan.layers.values()))
-    rules = lowerings.as_one(plan.analysis.view, plan.analysis.rule_for, wanted)
+    rules = lowerings.lowered(plan.analysis.view, plan.analysis.rule_for, wanted)
     found = _backward(g, plan, cotangent, wanted, rules, "gradient")
     made: Maps = {}
     for name, layer in plan.layers.items():

@@ -35,6 +35,8 @@ class Rule:
     nothing passes to that input by this node.
     One dy comes for each of the first `outputs` outputs (None: for every output).
     `wrt` holds input positions; None means every input (variadic operators).
+    `to` holds the tensors that the cotangents are for, where these are not those inputs: the output of an earlier node
+    may stand for several of them, and hands on to them in its turn.
     `broadcast` says the inputs broadcast against each other: the engine sums the cotangents back.
     `refuse(node)` names what about this node is not covered, if anything.
     `surrogate` says that the gradient stands in for a derivative that is zero (straight-through).
@@ -46,6 +48,14 @@ class Rule:
     broadcast: bool = False
     refuse: Refusal | None = None
     surrogate: bool = False
+    to: tuple[gs.Tensor, ...] | None = None
+
+    def receivers(self, node: gs.Node) -> list[gs.Tensor | None]:
+        """The tensors that the cotangents are for, in order; None for an optional input that is left out."""
+        if self.to is not None:
+            return list(self.to)
+        positions = range(len(node.inputs)) if self.wrt is None else self.wrt
+        return [node.inputs[index] if index < len(node.inputs) else None for index in positions]
 
 
 class Nondifferentiable:

@@ -136,7 +136,7 @@ SIMPLE: dict[str, list[tuple[object, str, Callable[..., object]]]] = {
     "one minus by a difference": [(blocked, "one_minus", lambda g, x: g.sub(g.like(x, 1), x))],
     "scaling by a scalar": [(blocked, "scale", lambda g, x, factor: g.scale(x, factor))],
     "strides by ConvTranspose": [(windows, "_strided", _by_conv_transpose)],
-    "gates by the rules of their nodes": [(lowerings, "as_one", lambda view, rule_for, wanted: rule_for)],
+    "gates by the rules of their nodes": [(lowerings, "_gated", lambda view, wanted: ())],
 }
 SIMPLE["all of these"] = [change for changes in SIMPLE.values() for change in changes]
 

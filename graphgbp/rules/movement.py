@@ -1,5 +1,7 @@
 """Movement: operators that give elements another place or shape and change no value."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -59,7 +61,11 @@ def expand(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[gs.Tensor]:
 @vjp("Concat", versions=(13,), wrt=None)
 def concat(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
     """to each part its own piece of dy"""
-    axis, parts = node.attrs["axis"], node.inputs
+    return pieces(g, dy, node.inputs, node.attrs["axis"])
+
+
+def pieces(g: Emitter, dy: gs.Tensor, parts: Sequence[gs.Tensor], axis: int) -> list[Cotangent]:
+    """dy, the cotangent of the joined parts, cut at their seams"""
     if len(parts) == 1:
         return [dy]
     sizes = g.join([g.size(part, axis) for part in parts])
