@@ -19,6 +19,7 @@ from graphgbp.options import AUTO, DEFAULT_METHODS, Options, Request, names
 from graphgbp.parts import PartwiseEmitter
 from graphgbp.prepare import prepare
 from graphgbp.score import Score
+from graphgbp.sharing import share_products
 from graphgbp.source import ModelLike, Source, open_source
 
 
@@ -106,6 +107,7 @@ def _append_explanation(source: Source, options: Options) -> onnx.ModelProto:
     for role, output_tensor in zip(results, outputs, strict=True):
         if role in (contract.TARGET_CLASS, contract.TARGET_SCORE):
             output_tensor.shape = (analysis.score.tensor.shape[0] if analysis.score.per_image else 1,)
+    share_products(g, outputs)
     append_checked(model, analysis.view, g, list(inputs_of.values()), outputs)
     if options.request.target == "optional":
         _default_targets(model, analysis.score, inputs_of)

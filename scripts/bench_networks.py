@@ -80,14 +80,16 @@ def weights(name: str, cache: Path) -> Path:
 
 
 def loaded(name: str, cache: Path) -> nn.Module:
-    """The network in torch, its weights mapped from their file, and no activation overwriting its input."""
+    """The network in torch as torchvision gives it to who asks for weights: made, then filled with those of a file.
+
+    No activation overwrites its input, as Captum asks; parameters are left as they are, not frozen.
+    """
     import torch
     import torchvision
 
-    with torch.device("meta"):
-        network: nn.Module = torchvision.models.get_model(name, weights=None).eval()
-    network.load_state_dict(torch.load(weights(name, cache), mmap=True), assign=True)
+    network: nn.Module = torchvision.models.get_model(name, weights=None).eval()
+    network.load_state_dict(torch.load(weights(name, cache)))
     for part in network.modules():
         if hasattr(part, "inplace"):
             setattr(part, "inplace", False)  # noqa: B010  no attribute that Module declares
-    return network.requires_grad_(False)
+    return network

@@ -1,0 +1,58 @@
+"""One product with a weight for all backward passes: the weight of a dense layer is read once, not once for each.
+
+A head of dense layers (AlexNet, VGG) weighs hundreds of megabytes, and a product of it with a few rows takes as long as
+reading it does. Where several maps' passes go through such a layer, with cotangents that a rectifier parted, their rows
+are joined, multiplied together, and split again.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import onnx_graphsurgeon as gs
+
+from graphgbp.contract import SCOPE
+from graphgbp.emit import Emitter
+from graphgbp.nodes import topological_order
+
+
+def share_products(g: Emitter, outputs: Sequence[gs.Tensor]) -> None:
+    """Join the products of one weight by several passes, among the nodes that the outputs need."""
+    joined = False
+    for products in list(_by_layer(g, outputs)):
+        _join(g, products)
+        joined = True
+    if joined:
+        g.nodes[:] = topological_order(g)
+
+
+def _by_layer(g: Emitter, outputs: Sequence[gs.Tensor]) -> Iterator[list[gs.Node]]:
+    """The products of the same cotangent of the same layer, one of each pass: none can depend on another."""
+    needed = {output.name for output in outputs}
+    found: dict[tuple[str, ...], list[gs.Node]] = {}
+    for node in reversed(g.nodes):
+        if not any(y.name in needed for y in node.outputs):
+            continue
+        needed.update(x.name for x in node.inputs)
+        if node.op == "Gemm" and isinstance(node.inputs[1], gs.Constant) and _rows(node):
+            _, _, layer = node.name.removeprefix(f"{SCOPE}/").partition("/")
+            found.setdefault((layer, node.inputs[1].name, str(node.attrs)), []).append(node)
+    yield from (products[::-1] for products in found.values() if len(products) > 1)
+
+
+def _rows(node: gs.Node) -> bool:
+    """Whether the other operand's rows are those of the result."""
+    return len(node.inputs) == 2 and not node.attrs.get("transA")
+
+
+def _join(g: Emitter, products: Sequence[gs.Node]) -> None:
+    results = [node.outputs[0] for node in products]
+    with g.scope(f"shared/{products[0].name.partition('/')[2].partition('/')[2].rpartition('/')[0]}"):
+        rows = g.concat([node.inputs[0] for node in products], 0)
+        product = g.op("Gemm", rows, products[0].inputs[1], **products[0].attrs)
+        count = len(products)
+        parts = g.ops("Split", product, outputs=count, axis=0, num_outputs=count if g.opset >= 18 else None)
+    for result, part in zip(results, parts, strict=True):
+        g.with_shape(part, result)
+        for reader in list(result.outputs):
+            for index, x in enumerate(reader.inputs):
+                if x is result:
+                    reader.inputs[index] = part
