@@ -52,7 +52,9 @@ def append(
             graph.node.append(helper.make_node("Constant", [], [name], name, value=value))
     graph.node.extend(nodes)
     graph.value_info.extend(
-        _sizes_to_declare(graph, g, there - view.stored.keys(), {name for node in nodes for name in node.output})
+        _sizes_to_declare(
+            graph, g, outputs, there - view.stored.keys(), {name for node in nodes for name in node.output}
+        )
     )
     graph.input.extend(_value_info(tensor) for tensor in inputs)
     graph.output.extend(_value_info(tensor) for tensor in outputs)
@@ -104,13 +106,15 @@ def _computed_in_float16(view: View) -> set[str]:
     return {name for name in made if view.stored.get(name) == np.float16}
 
 
-def _sizes_to_declare(graph: onnx.GraphProto, g: Emitter, there: set[str], live: set[str]) -> list[onnx.ValueInfoProto]:
+def _sizes_to_declare(
+    graph: onnx.GraphProto, g: Emitter, outputs: Sequence[gs.Variable], there: set[str], live: set[str]
+) -> list[onnx.ValueInfoProto]:
     """The open sizes of images that the runtime cannot find by itself, so that it sees which tensors have equal sizes.
 
     It follows the size of the batch until a shape is computed, and no other open size: then what we read is declared
     too, behind what we make.
     """
-    told = {value.name for value in (*graph.input, *graph.output, *graph.value_info)}
+    told = {value.name for value in (*graph.input, *graph.output, *graph.value_info, *outputs)}
     ours: dict[str, gs.Tensor] = {}
     read: dict[str, gs.Tensor] = {}
     for node in g.nodes:

@@ -85,7 +85,7 @@ class _Around(NamedTuple):
 def _serialized(model: onnx.ModelProto) -> Iterator[bytes]:
     """What SerializeToString(deterministic=True) gives, weight by weight: a copy of them all would take its memory."""
     graph, initializer = onnx.ModelProto.GRAPH_FIELD_NUMBER, onnx.GraphProto.INITIALIZER_FIELD_NUMBER
-    if not model.HasField("graph") or UnknownFieldSet(model) or UnknownFieldSet(model.graph):
+    if not model.HasField("graph") or any(map(UnknownFieldSet, (model, model.graph, *model.graph.initializer))):
         yield model.SerializeToString(deterministic=True)
         return
     weights = [_around_values(tensor) for tensor in model.graph.initializer]

@@ -42,7 +42,7 @@ def lowered(view: View, rule_for: RuleFor, wanted: Collection[str]) -> RuleFor:
 def _gated(view: View, wanted: Collection[str]) -> Iterator[tuple[gs.Node, int]]:
     """Each product of x with its own gate, and which of its inputs is x."""
     for node in view.graph.nodes:
-        if node.op == "Mul" and is_standard(node):
+        if node.op == "Mul" and is_standard(node) and node.outputs:
             for index, gate in enumerate(reversed(node.inputs)):
                 maker = gate.inputs[0] if gate.inputs else None
                 if maker is None or maker.op not in _SLOPES or not is_standard(maker) or gate.name in wanted:
@@ -69,7 +69,7 @@ def _nested(view: View, wanted: Collection[str]) -> Iterator[tuple[gs.Node, gs.T
     states: dict[tuple[int, str], int] = {}
     wholes: dict[int, gs.Tensor] = {}
     for node in view.graph.nodes:
-        if node.op != "Concat" or not is_standard(node):
+        if node.op != "Concat" or not is_standard(node) or not node.outputs:
             continue
         y, state = node.outputs[0], states.setdefault((_axis(node), ""), len(states))
         longest: tuple[gs.Tensor, int] | None = None

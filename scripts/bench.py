@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,14 @@ def units(asked: argparse.Namespace) -> Iterator[Unit]:
             yield Unit(name, ("pixels", str(size)), "pixels", common | most | {"size": size})
 
 
+def _version(package: str) -> str | None:
+    """None for one that is not installed: a contestant may have been left out."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 class Bench:
     """A run of the benchmark; `results` holds all that was measured, this time or before."""
 
@@ -130,7 +138,7 @@ class Bench:
             "graphgbp": bench_networks.measured_version(),
             "machine": _machine(),
             "device": asked.device,
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": {name: found for name in PACKAGES if (found := _version(name))},
         }
 
     def run(self) -> None:

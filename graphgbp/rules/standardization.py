@@ -19,22 +19,31 @@ from graphgbp.registry import Cotangent, vjp
 from graphgbp.rules.refusals import unknown_rank
 from graphgbp.shapes import is_static
 
-_LAYER_NORMALIZATION_SINCE = 17  # the opset from which ONNX has the operator
-
 
 class _Standardized:
     """x^ = (x - mean) r with r = 1 / sqrt(variance + epsilon) over axes; uncentred, x / sqrt(mean(x^2) + epsilon).
 
-    In float32, over the last axes and with known sizes, one LayerNormalization without scale gives x^ and r; else seven
-    nodes do. Double is among those: there the operator gives r as float32.
+    Where the network itself runs `LayerNormalization` (`whole`), in float32 and with known sizes, one more of it,
+    without scale, gives x^ and r; else seven nodes do. Double is among those: there the operator gives r as float32. So
+    are the other normalizations: ONNX Runtime before 1.27 has a LayerNormalization that loses the variance of a tensor
+    far from 0, where theirs does not.
     """
 
-    def __init__(self, g: Emitter, x: gs.Tensor, axes: Sequence[int], epsilon: float, centred: bool = True) -> None:
+    def __init__(
+        self,
+        g: Emitter,
+        x: gs.Tensor,
+        axes: Sequence[int],
+        epsilon: float,
+        *,
+        centred: bool = True,
+        whole: bool = False,
+    ) -> None:
         self._g, self._axes, self._dtype = g, axes, x.dtype
         self._centred = centred
         wide = g.cast(x, np.float32 if np.dtype(x.dtype).itemsize < 4 else x.dtype)
-        whole = centred and g.opset >= _LAYER_NORMALIZATION_SINCE and _are_last(axes, x) and wide.dtype == np.float32
-        value, self._inverse = self._in_one(wide, epsilon) if whole else self._by_moments(wide, epsilon)
+        one = whole and _are_last(axes, x) and wide.dtype == np.float32
+        value, self._inverse = self._in_one(wide, epsilon) if one else self._by_moments(wide, epsilon)
         self._value = g.with_shape(value, x)
 
     def _in_one(self, x: gs.Tensor, epsilon: float) -> tuple[gs.Tensor, gs.Tensor]:
@@ -104,7 +113,7 @@ def group_normalization(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotang
 def layer_normalization(g: Emitter, node: gs.Node, dy: gs.Tensor) -> list[Cotangent]:
     """over the axes from `axis` on; scale and bias broadcast to x"""
     x, scale = node.inputs[:2]
-    standard = _Standardized(g, x, _axes_from(node), node.attrs["epsilon"])
+    standard = _Standardized(g, x, _axes_from(node), node.attrs["epsilon"], whole=True)
     to_x, to_scale = _scaled(g, standard, dy, scale, x)
     return [to_x, to_scale, dy]
 

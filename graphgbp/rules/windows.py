@@ -184,12 +184,12 @@ def _strided(
     element that it is done on the spread out dy, most of which is 0.
     """
     if all(window.kernel == 1 for window in axes) and not any(pads):
-        return _spread(g, _by_convolution(g, dy, kernel, axes, group), axes, beyond)
+        return _spread(g, _by_convolution(g, dy, kernel, axes, group), group * kernel.shape[1], axes, beyond)
     margins = [window.span - 1 - pad for window, pad in zip(axes, pads, strict=True)]
     if kernel.shape[0] == group > 1 and min(margins) >= 0:
         return g.op(
             "Conv",
-            _spread(g, dy, axes, [0] * len(axes)),
+            _spread(g, dy, group, axes, [0] * len(axes)),
             mirrored(g, kernel, axes, group),
             pads=[*margins, *(margin + more for margin, more in zip(margins, beyond, strict=True))],
             dilations=[window.dilation for window in axes],
@@ -207,11 +207,11 @@ def _strided(
     )
 
 
-def _spread(g: Emitter, x: gs.Tensor, axes: Sequence[Window], beyond: Sequence[int]) -> gs.Tensor:
+def _spread(g: Emitter, x: gs.Tensor, channels: int, axes: Sequence[Window], beyond: Sequence[int]) -> gs.Tensor:
     """x with stride - 1 zeros between neighbours, and `beyond` zeros at the end: ConvTranspose with one tap, a 1."""
-    one = g.constant(np.ones([x.shape[1], 1] + [1] * len(axes), x.dtype))
+    one = g.constant(np.ones([channels, 1] + [1] * len(axes), x.dtype))
     strides = [window.stride for window in axes]
-    return g.op("ConvTranspose", x, one, strides=strides, output_padding=list(beyond), group=x.shape[1])
+    return g.op("ConvTranspose", x, one, strides=strides, output_padding=list(beyond), group=channels)
 
 
 def _in_size_of(

@@ -306,3 +306,16 @@ def test_transposed_refusals(attributes, dynamic, reason):
     )
     with pytest.raises(UnsupportedOperatorError, match=reason):
         graphgbp.vjp(model, inputs=["x0"])
+
+
+@pytest.mark.parametrize(("kernel", "group"), [(1, 1), (3, 3), (3, 1)])
+def test_strided_of_unknown_rank(kernel, group):
+    x, w = normal(2, 3, 17, 16), normal(3 if group == 3 else 8, 3 // group, kernel, kernel)
+    made = single_op("Conv", [x, w], opset=17, constants=(1,), strides=[2, 2], group=group)
+    for value in (*made.graph.input, *made.graph.output):
+        value.type.tensor_type.ClearField("shape")
+    y = run(made, {"x0": x})["y0"]
+    found = run(graphgbp.vjp(made), {"x0": x, "y0_grad": np.ones_like(y)})["x0_grad"]
+    image = torch.from_numpy(x).double().requires_grad_()
+    F.conv2d(image, torch.from_numpy(w).double(), stride=2, groups=group).sum().backward()
+    np.testing.assert_allclose(found, image.grad.numpy(), atol=1e-5)

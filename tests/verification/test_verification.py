@@ -126,6 +126,22 @@ def test_the_demo_model_passes(tmp_path):
     assert graphgbp.verify(tmp_path / "out.onnx", "models/efficientnet_lite0.onnx").passed
 
 
+@pytest.mark.parametrize("methods", [["saliency"], ["guided_gradcam", "gradcam"], ALL])
+def test_a_file_of_open_size(methods):
+    """Sizes of inner tensors are declared in it, and none of an output."""
+    nodes = (
+        "y = Conv <pads=[1, 1, 1, 1]> (x, k)",
+        "r = Relu (y)",
+        "p = GlobalAveragePool (r)",
+        "f = Flatten (p)",
+        "z = Gemm (f, m)",
+    )
+    source = model(nodes, {"x": ["n", 3, "h", "w"]}, ["z"], {"k": drawn(16, 3, 3, 3), "m": drawn(16, 4)})
+    made = graphgbp.convert(source, methods)
+    found = graphgbp.verify(made, source)
+    assert found.passed, found.failures
+
+
 # -- the source ------------------------------------------------------------------------------------------------------
 
 
