@@ -192,7 +192,9 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def with_speed(readme: str, results: Results) -> str:
-    """The README with the lines between its marks written from the results."""
+    """The README with the lines between its marks written from the results; as it is, until files are measured too."""
+    if not parts_of(results, "files"):
+        return readme
     start, end = (readme.index(mark) for mark in MARKS)
     return f"{readme[: start + len(MARKS[0])]}\n{speed(results)}\n{readme[end:]}"
 
