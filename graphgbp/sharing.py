@@ -5,7 +5,7 @@ reading it does. Where several maps' passes go through such a layer, with cotang
 are joined, multiplied together, and split again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -16,16 +16,15 @@ from graphgbp.nodes import topological_order
 
 def share_products(g: Emitter, outputs: Sequence[gs.Tensor]) -> None:
     """Join the products of one weight by several passes, among the nodes that the outputs need."""
-    joined = False
-    for products in list(_by_layer(g, outputs)):
-        _join(g, products)
-        joined = True
-    if joined:
+    products = _by_layer(g, outputs)
+    for layer, of_passes in products:
+        _join(g, layer, of_passes)
+    if products:
         g.nodes[:] = topological_order(g)
 
 
-def _by_layer(g: Emitter, outputs: Sequence[gs.Tensor]) -> Iterator[list[gs.Node]]:
-    """The products of the same cotangent of the same layer, one of each pass: none can depend on another."""
+def _by_layer(g: Emitter, outputs: Sequence[gs.Tensor]) -> list[tuple[str, list[gs.Node]]]:
+    """Each layer, and the products that pass its cotangent on, one of each pass: none can depend on another."""
     needed = {output.name for output in outputs}
     found: dict[tuple[str, ...], list[gs.Node]] = {}
     for node in reversed(g.nodes):
@@ -33,9 +32,9 @@ def _by_layer(g: Emitter, outputs: Sequence[gs.Tensor]) -> Iterator[list[gs.Node
             continue
         needed.update(x.name for x in node.inputs)
         if node.op == "Gemm" and isinstance(node.inputs[1], gs.Constant) and _rows(node):
-            _, _, layer = node.name.removeprefix(f"{SCOPE}/").partition("/")
+            _, _, layer = node.name.removeprefix(f"{SCOPE}/").partition("/")  # behind the name of the pass
             found.setdefault((layer, node.inputs[1].name, str(node.attrs)), []).append(node)
-    yield from (products[::-1] for products in found.values() if len(products) > 1)
+    return [(layer, nodes[::-1]) for (layer, *_), nodes in found.items() if len(nodes) > 1]
 
 
 def _rows(node: gs.Node) -> bool:
@@ -43,9 +42,9 @@ def _rows(node: gs.Node) -> bool:
     return len(node.inputs) == 2 and not node.attrs.get("transA")
 
 
-def _join(g: Emitter, products: Sequence[gs.Node]) -> None:
+def _join(g: Emitter, layer: str, products: Sequence[gs.Node]) -> None:
     results = [node.outputs[0] for node in products]
-    with g.scope(f"shared/{products[0].name.partition('/')[2].partition('/')[2].rpartition('/')[0]}"):
+    with g.scope(f"shared/{layer.rpartition('/')[0]}"):
         rows = g.concat([node.inputs[0] for node in products], 0)
         product = g.op("Gemm", rows, products[0].inputs[1], **products[0].attrs)
         count = len(products)

@@ -160,7 +160,7 @@ def test_gradient_equals_torch(model: onnx.ModelProto, images: np.ndarray) -> No
     x = torch.from_numpy(images).double().requires_grad_()
     network().double()(x)[[0, 1], [1, 3]].sum().backward()
     saliency = explain(model, images, np.array([1, 3]), ["saliency"])["saliency"]
-    assert relative_l2(saliency, x.grad.numpy()) < 1e-3, "more than a ReLU that rounding opens or shuts"
+    assert relative_l2(saliency, x.grad.numpy()) < 1e-5  # at this seed rounding opens and shuts no ReLU
 
 
 def optimised(model: onnx.ModelProto, path: Path) -> Counter[str]:
