@@ -16,6 +16,7 @@ from graphgbp.errors import RequestError
 from graphgbp.layers import Layer
 from graphgbp.maps import Plan, make_maps
 from graphgbp.options import AUTO, DEFAULT_METHODS, Options, Request, names
+from graphgbp.order import just_in_time
 from graphgbp.parts import PartwiseEmitter
 from graphgbp.prepare import prepare
 from graphgbp.score import Score
@@ -108,6 +109,7 @@ def _append_explanation(source: Source, options: Options) -> onnx.ModelProto:
         if role in (contract.TARGET_CLASS, contract.TARGET_SCORE):
             output_tensor.shape = (analysis.score.tensor.shape[0] if analysis.score.per_image else 1,)
     share_products(g, outputs)
+    just_in_time(g, [seed.cotangent])
     append_checked(model, analysis.view, g, list(inputs_of.values()), outputs)
     if options.request.target == "optional":
         _default_targets(model, analysis.score, inputs_of)

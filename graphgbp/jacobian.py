@@ -15,6 +15,7 @@ from graphgbp.backward import backward, is_float
 from graphgbp.contract import Manifest, public_names
 from graphgbp.errors import ModelFileError, RequestError
 from graphgbp.lowerings import lowered
+from graphgbp.order import just_in_time
 from graphgbp.parts import PartwiseEmitter
 from graphgbp.prepare import prepare
 from graphgbp.source import ModelLike, Source, open_source
@@ -48,6 +49,7 @@ def append_vjp(source: Source, inputs: Sequence[str] | None, outputs: Sequence[s
     found = backward(g, view, seeds, names_wanted, lowered(view, table_of(view), names_wanted), "vjp")
     gradients = {x.name: g.cast(found.get(x.name) or g.zeros_like(x), _own_type(view, x)) for x in wanted}
     results = [g.name_output(gradient, names[f"{name}_grad"]) for name, gradient in gradients.items()]
+    just_in_time(g, seeds.values())
     append_checked(model, view, g, list(given.values()), results)
     model_file.append_metadata(model, Manifest(kind="vjp", graphgbp=__version__, names=names, **source.record()))
     return model

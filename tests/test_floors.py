@@ -16,7 +16,7 @@ FLOORS = [
     ["rules", "branches", "functions", "smooth", "plain", "stored", "folding"],
     ["view", "inference"],
     ["prepare", "equivalence"],
-    ["opset", "backward", "rectifiers", "append", "sharing"],
+    ["opset", "backward", "rectifiers", "append", "sharing", "order"],
     ["policies", "lowerings", "image", "source"],
     ["axes"],
     ["layouts", "operators"],
