@@ -2,8 +2,8 @@
 
 It walks from the outputs towards the inputs; of what a node reads, it computes first what stands later in the file. A
 mask or a slope that a backward pass makes of the forward pass's tensors therefore stands before all that a cotangent
-reaches: it is computed just before it is used and is still in the cache then. Behind its cotangent, it would be computed
-before the first step of the backward pass, and those of all layers kept.
+reaches: it is computed just before it is used, and still in the cache then. Elsewhere the masks of all layers would be
+computed before the first step of the backward pass, and kept.
 """
 
 from collections.abc import Iterable

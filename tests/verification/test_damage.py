@@ -153,7 +153,7 @@ DAMAGE = {
     "a node of saliency times 1.05": (("saliency",), _slightly_larger_inside(GRADIENT, "Conv"), {"gradient"}),
     "a mask of saliency removed": (("saliency",), _without_mask(GRADIENT, "HardSigmoid"), {"gradient"}),
     "a cotangent of saliency dropped": (("saliency",), _without_cotangent(GRADIENT), {"gradient"}),
-    "a layer's gradient times 1.05": (("gradcam",), _slightly_larger_inside(GRADIENT, None), {"layer gradient"}),
+    "a layer's gradient times 1.05": (("gradcam",), _slightly_larger_inside(GRADIENT, "Gemm"), {"layer gradient"}),
     "a rectifier not listed": ((), _unlisted_rectifier, {"rectifiers"}),
     "a rectifier that is none": ((), _listed_look_alike, {"rectifiers"}),
     "guided: a Relu removed": (("guided_backprop",), _without_mask(GUIDED, "Relu"), {"guided masks"}),
