@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -142,8 +142,8 @@ class Bench:
         }
 
     def run(self) -> None:
-        """Every unit that has no result yet, each kept as soon as it is measured."""
-        missing = [unit for unit in units(self.asked) if not self._has(unit)]
+        """Everything that has no result yet, each unit kept as soon as it is measured."""
+        missing = [left for unit in units(self.asked) if (left := self._left(unit))]
         for number, unit in enumerate(missing, 1):
             of = self.results["networks"].setdefault(unit.network, {"seconds": {}})
             if "layer" not in of or not self._exported(unit.network):
@@ -152,18 +152,23 @@ class Bench:
             self.say(f"{number} of {len(missing)}: {unit.words}")
             start = time.monotonic()
             found = self._measure(unit.network, unit.task, layer=of["layer"], **unit.options)
-            of["seconds"][" ".join(unit.key)] = round(time.monotonic() - start, 1)
+            label = " ".join(unit.key)
+            of["seconds"][label] = round(of["seconds"].get(label, 0) + time.monotonic() - start, 1)
             *path, last = unit.key
             for part in path:
                 of = of.setdefault(part, {})
-            of[last] = found
+            of[last] = of.get(last, {}) | found if isinstance(found, dict) else found
             _write(self.results, self.asked.out)
 
-    def _has(self, unit: Unit) -> bool:
-        of = self.results["networks"].get(unit.network, {})
+    def _left(self, unit: Unit) -> Unit | None:
+        """The part of a unit that has no result yet: of one that is timed, the contestants that were left out."""
+        found = self.results["networks"].get(unit.network, {})
         for part in unit.key:
-            of = of.get(part, {})
-        return bool(of)
+            found = found.get(part, {})
+        if unit.task != "times" or not found:
+            return None if found else unit
+        left = [who for who in unit.options["contestants"] if who not in found and f"not_{who}" not in found]
+        return replace(unit, options=unit.options | {"contestants": left}) if left else None
 
     def _exported(self, name: str) -> bool:
         return bench_networks.weights_path(name, self.asked.cache).exists()

@@ -146,15 +146,21 @@ def test_what_is_measured_already_is_not_measured_again(tmp_path, monkeypatch):
     measured = []
 
     def measure(self, network, task, **options):
-        measured.append((network, task, options.get("threads"), options.get("batch")))
+        measured.append((network, task, options.get("threads"), options.get("batch"), *options["contestants"]))
         return some_times(forward=1.0)
 
     monkeypatch.setattr(bench.Bench, "_measure", measure)
     monkeypatch.setattr(sys, "argv", asked)
     assert bench.main() == 0
-    assert measured == [("resnet50", "times", 1, 1), ("resnet50", "times", 1, 8)]
+    everyone = ("forward", "explained", "saliency", "captum")
+    assert measured == [
+        ("resnet50", "times", 2, 1, "compiled"),
+        ("resnet50", "times", 1, 1, *everyone, "onnx_ad"),
+        ("resnet50", "times", 1, 8, *everyone),
+    ]
     kept = json.loads(out.read_text(encoding="utf-8"))["networks"]
     assert kept["resnet50"]["times"]["1"]["8"] == some_times(forward=1.0) and "vit_b_16" in kept
+    assert kept["resnet50"]["times"]["2"]["1"]["captum"] == some_times(captum=75.0)["captum"]
 
 
 @pytest.mark.skipif(runtime.cuda_obstacle() is None, reason="a GPU is here")
