@@ -66,7 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", help=f"default: {BATCHES}")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    parser.add_argument("--rounds", type=int, help="how many blocks of each contestant (default: 3)")
+    parser.add_argument("--rounds", type=int, help="how many blocks of each contestant at least (default: 3)")
     parser.add_argument("--device", default="cpu", help="'cpu' (default), 'cuda' or 'cuda:<number>'")
     parser.add_argument("--quick", action="store_true", help="MobileNetV2, one round, one image, two threads")
     parser.add_argument("--again", action="store_true", help="also what is there already")
@@ -102,7 +102,7 @@ class Unit:
 
 def units(asked: argparse.Namespace) -> Iterator[Unit]:
     """All that is asked for, in order."""
-    common = {"device": asked.device, "rounds": asked.rounds}
+    common = {"device": asked.device, "rounds": asked.rounds, "span": 0 if asked.quick else None}
     most = {"threads": max(asked.threads)}
     for name in asked.networks:
         for threads in asked.threads if "times" in asked.parts else ():

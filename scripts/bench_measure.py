@@ -27,6 +27,8 @@ from graphgbp import contract
 from graphgbp.errors import GraphgbpError
 
 ROUNDS = 3
+SPAN = 30.0
+"""Seconds over which all contestants are measured at least, in more rounds: a machine is now faster, now slower."""
 BLOCKS = ((0.5, 10, 3), (2.0, 5, 1), (math.inf, 3, 1))
 """A run shorter than so many seconds: how many in a block, and how many of them are dropped."""
 WARM = 3
@@ -42,16 +44,19 @@ def block_of(seconds: float) -> tuple[int, int]:
     return next((runs, dropped) for limit, runs, dropped in BLOCKS if seconds < limit)
 
 
-def in_blocks(contestants: Mapping[str, Run], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Milliseconds of each contestant's runs. One runs a whole block before the next: threads that still spin from
-    another's run would slow it.
+def in_blocks(contestants: Mapping[str, Run], rounds: int = ROUNDS, span: float = SPAN) -> dict[str, list[float]]:
+    """Milliseconds of each contestant's runs, in so many rounds and seconds at least. One runs a whole block before the
+    next: threads that still spin from another's run would slow it.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     blocks = {name: block_of(_seconds(run)) for name, run in contestants.items()}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    done = 0
+    while done < rounds or time.perf_counter() - start < span:
         for name, run in contestants.items():
             runs, dropped = blocks[name]
             times[name] += [1000 * _seconds(run) for _ in range(runs)][dropped:]
+        done += 1
     return times
 
 
@@ -96,7 +101,7 @@ def times(asked: argparse.Namespace) -> dict[str, Any]:
         runs["captum"] = captum.run(asked.batch)
         if "compiled" in asked.contestants:
             runs |= _compiled(captum, asked.batch, runs["captum"], found)
-    measured = in_blocks({name: runs[name] for name in asked.contestants if name in runs}, asked.rounds)
+    measured = in_blocks({name: runs[name] for name in asked.contestants if name in runs}, asked.rounds, asked.span)
     return found | {name: spread(one) for name, one in measured.items()}
 
 
@@ -137,7 +142,7 @@ def pixels(asked: argparse.Namespace) -> dict[str, Any]:
     sessions = {"forward": place.open(str(source)), "explained": place.open(explained)}
     x = bench_contestants.images(1, asked.size)
     runs = {name: bench_contestants.of_session(session, x, place) for name, session in sessions.items()}
-    return {name: spread(one) for name, one in in_blocks(runs, asked.rounds).items()}
+    return {name: spread(one) for name, one in in_blocks(runs, asked.rounds, asked.span).items()}
 
 
 def files(asked: argparse.Namespace) -> dict[str, Any]:
@@ -217,6 +222,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=bench_networks.SIZE)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--span", type=float, default=SPAN)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layer", help="the module where Captum takes Grad-CAM")
     parser.add_argument("--cache", type=Path, default=bench_networks.CACHE)

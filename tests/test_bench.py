@@ -50,10 +50,15 @@ def some_results() -> dict:
 
 def test_a_contestant_runs_its_whole_block_before_the_next():
     order: list[str] = []
-    found = bench_measure.in_blocks({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2)
+    found = bench_measure.in_blocks({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, span=0)
     runs, dropped = bench_measure.block_of(0)
     assert "".join(order) == "ab" + ("a" * runs + "b" * runs) * 2
     assert {len(times) for times in found.values()} == {2 * (runs - dropped)}
+
+
+def test_quick_contestants_run_in_more_rounds():
+    found = bench_measure.in_blocks({"a": lambda: None}, rounds=1, span=0.05)
+    assert len(found["a"]) > 2 * len(bench_measure.in_blocks({"a": lambda: None}, rounds=1, span=0)["a"])
 
 
 def test_slow_contestants_run_less():
