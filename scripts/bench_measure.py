@@ -31,7 +31,7 @@ SPAN = 30.0
 """Seconds over which all contestants are measured at least, in more rounds: a machine is now faster, now slower."""
 BLOCKS = ((0.5, 10, 3), (2.0, 5, 1), (math.inf, 3, 1))
 """A run shorter than so many seconds: how many in a block, and how many of them are dropped."""
-WARM = 3
+WARM = 5
 """How many conversions and loads are timed, after one that is not."""
 MEMORY_RUNS = 3
 
@@ -154,7 +154,7 @@ def files(asked: argparse.Namespace) -> dict[str, Any]:
 
     place = Place(asked.device, asked.threads)
     source, converted = (_file(name, asked) for name in ("forward", "explained"))
-    conversion = _warm(lambda: graphgbp.convert(source, METHODS["explained"]))
+    (conversion,) = _in_turn(lambda: graphgbp.convert(source, METHODS["explained"]))
     model = graphgbp.convert(source, METHODS["explained"])
     converted.write_bytes(model.SerializeToString())
     feeds = {"image": bench_contestants.images(1)}
@@ -164,7 +164,7 @@ def files(asked: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "convert": conversion,
-        "load": [_warm(partial(place.open, str(path))) for path in (source, converted)],
+        "load": _in_turn(*(partial(place.open, str(path)) for path in (source, converted))),
         "bytes": [path.stat().st_size for path in (source, converted)],
         "nodes": [len(onnx.load(source).graph.node), len(model.graph.node)],
         "nodes_run": [sum(count for _, count in one["operators"].values()) for one in profiles],
@@ -172,9 +172,10 @@ def files(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _warm(run: Run) -> float:
-    """Seconds, the median of a few after the first."""
-    return statistics.median([_seconds(run) for _ in range(1 + WARM)][1:])
+def _in_turn(*runs: Run) -> list[float]:
+    """Seconds of each, the median of a few after the first."""
+    times = [[_seconds(run) for run in runs] for _ in range(1 + WARM)]
+    return [statistics.median(of) for of in zip(*times[1:], strict=True)]
 
 
 def _file(contestant: str, asked: argparse.Namespace) -> Path:
