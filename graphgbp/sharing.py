@@ -33,13 +33,14 @@ def _by_layer(g: Emitter, outputs: Sequence[gs.Tensor]) -> list[tuple[str, list[
         needed.update(x.name for x in node.inputs)
         if node.op == "Gemm" and isinstance(node.inputs[1], gs.Constant) and _rows(node):
             _, _, layer = node.name.removeprefix(f"{SCOPE}/").partition("/")  # behind the name of the pass
-            found.setdefault((layer, node.inputs[1].name, str(node.attrs)), []).append(node)
+            rows = str(node.inputs[0].shape)  # equally many in each pass: where one carries a slice, another may not
+            found.setdefault((layer, node.inputs[1].name, str(node.attrs), rows), []).append(node)
     return [(layer, nodes[::-1]) for (layer, *_), nodes in found.items() if len(nodes) > 1]
 
 
 def _rows(node: gs.Node) -> bool:
-    """Whether the other operand's rows are those of the result."""
-    return len(node.inputs) == 2 and not node.attrs.get("transA")
+    """Whether the other operand's rows are those of the result, and their number is known or has a name."""
+    return len(node.inputs) == 2 and not node.attrs.get("transA") and node.inputs[0].shape is not None
 
 
 def _join(g: Emitter, layer: str, products: Sequence[gs.Node]) -> None:

@@ -54,7 +54,7 @@ def main() -> int:
         return 7
     bench = Bench(asked)
     bench.run()
-    bench_page.write(bench.results, asked.out)
+    bench_page.write(_read(asked.out), asked.out)
     bench.say(f"wrote {asked.out} and {asked.out.with_suffix('.md')}")
     return 0
 

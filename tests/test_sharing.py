@@ -3,11 +3,14 @@
 from collections import Counter
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 import torch
 
 import graphgbp
 from graphgbp import conversion
+from graphgbp.emit import Emitter
+from graphgbp.sharing import share_products
 from tests.maps import explain, relative_l2
 from tests.networks import build, export
 
@@ -36,3 +39,15 @@ def test_maps_are_those_of_separate_products(monkeypatch):
 def test_one_pass_joins_nothing():
     model = export(build("vgg"), torch.zeros(2, 3, 64, 64), dynamic=["batch"])
     assert not any("/shared/" in node.name for node in graphgbp.convert(model, ["saliency"]).graph.node)
+
+
+@pytest.mark.parametrize(("rows", "joined"), [((2, 2), True), (("N", "N"), True), ((1, 2), False), ((1, "N"), False)])
+def test_only_products_of_equally_many_rows_are_joined(rows, joined):
+    g = Emitter(gs.Graph(), 18)
+    weight = g.constant(np.ones((4, 3), np.float32))
+    products = []
+    for name, count in zip(("guided", "gradient"), rows, strict=True):
+        with g.scope(f"{name}/dense"):
+            products.append(g.op("Gemm", gs.Variable(f"of_{name}", np.float32, [count, 4]), weight))
+    share_products(g, products)
+    assert any(node.op == "Split" for node in g.nodes) == joined
